@@ -1,0 +1,235 @@
+"""A small decoder-only transformer whose attention is sparse (NSA) or dense."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from nsa_jax.config import NSAConfig
+from nsa_jax.modules import DENSE_IMPLEMENTATIONS, DenseAttention, NativeSparseAttention
+from nsa_jax.ops.dispatch import IMPLEMENTATIONS
+from nsa_jax.typing import Array, Float, Int
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The sizes and options of a `Transformer`.
+
+    Attributes:
+      vocab_size: token ids.
+      num_layers: blocks of attention and MLP.
+      model_dim: D, width of the residual stream.
+      mlp_dim: hidden units of the SwiGLU MLP.
+      num_heads: N, query heads.
+      num_kv_heads: K, key and value heads; divides N.
+      head_dim: H, of queries and keys; even.
+      v_head_dim: V, of values; None means H.
+      attention: "nsa" or "dense".
+      nsa: the settings of NSA; unused by "dense".
+      output_gate: a sigmoid gate on the output of "dense" attention; unused by "nsa".
+      rope_theta: base of the rotary embeddings' wavelengths.
+      dropout: the share of each part's output that is dropped in training.
+      tie_embeddings: one matrix embeds tokens and reads logits.
+      remat: recompute each block in the backward pass instead of storing its intermediates.
+      scan_layers: compile one block and scan over the layers' stacked parameters.
+      dtype: of the computation, "float32" or "bfloat16"; logits and softmax are float32 always.
+      param_dtype: of the parameters.
+      implementation: for "nsa" see `nsa_jax.ops.dispatch`; for "dense" "auto", "cudnn" or "xla".
+
+    Raises:
+      ValueError: if a value is out of range; the message names it and what is allowed.
+    """
+
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int | None = None
+    attention: str = "nsa"
+    nsa: NSAConfig = dataclasses.field(default_factory=NSAConfig)
+    output_gate: bool = False
+    rope_theta: float = 10_000.0
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    remat: bool = False
+    scan_layers: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "num_layers", "model_dim", "mlp_dim", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.v_head_dim is not None and self.v_head_dim < 1:
+            raise ValueError(
+                f"v_head_dim={self.v_head_dim} must be at least 1, or None for head_dim"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} must be positive")
+        implementations = DENSE_IMPLEMENTATIONS if self.attention == "dense" else IMPLEMENTATIONS
+        for name, allowed in {
+            "attention": ("nsa", "dense"),
+            "dtype": DTYPES,
+            "param_dtype": DTYPES,
+            "implementation": implementations,
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP: silu(x W_gate) * (x W_up), projected back (arXiv 2002.05202)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies the MLP to each position."""
+        config = self.config
+
+        def dense(features, name):
+            return nn.Dense(
+                features,
+                use_bias=False,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+                name=name,
+            )
+
+        hidden = nn.silu(dense(config.mlp_dim, "gate")(x)) * dense(config.mlp_dim, "up")(x)
+        return dense(config.model_dim, "down")(hidden)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind an RMSNorm and added to the residual stream."""
+
+    config: TransformerConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], document_starts: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Returns the new residual stream, and None: the pair that `nn.scan` expects."""
+        config = self.config
+        dropout = nn.Dropout(config.dropout, deterministic=self.deterministic)
+        h = _rms_norm(config, "attention_norm")(x)
+        x += dropout(_attention(config)(h, document_starts=document_starts))
+        h = _rms_norm(config, "mlp_norm")(x)
+        x += dropout(SwiGLU(config, name="mlp")(h))
+        return x, None
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model; all sizes and options are in its config."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        document_starts: Int[Array, "B T"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T vocab"]:
+        """The logits of the next token at each position.
+
+        Args:
+          tokens: int32 ids below vocab_size.
+          document_starts: int32, for rows that hold several documents, the position at which each
+            token's document begins: a multiple of the selection block. 0 by default.
+          deterministic: False applies dropout, with the "dropout" rng.
+
+        Returns:
+          float32 logits.
+        """
+        config = self.config
+        embed = nn.Embed(
+            config.vocab_size,
+            config.model_dim,
+            embedding_init=nn.initializers.normal(config.model_dim**-0.5),
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            name="embed",
+        )
+        x = embed(tokens)
+        block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
+        if config.scan_layers:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=config.num_layers,
+            )
+            x, _ = stack(config, deterministic, name="layers")(x, document_starts)
+        else:
+            for layer in range(config.num_layers):
+                x, _ = block(config, deterministic, name=f"layers_{layer}")(x, document_starts)
+        x = _rms_norm(config, "final_norm")(x)
+        if config.tie_embeddings:
+            return embed.attend(x).astype(jnp.float32)
+        logits = nn.Dense(
+            config.vocab_size,
+            use_bias=False,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            name="logits",
+        )
+        return logits(x).astype(jnp.float32)
+
+
+def _rms_norm(config, name):
+    return nn.RMSNorm(dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+def _attention(config):
+    common = {
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "v_head_dim": config.v_head_dim,
+        "rope_theta": config.rope_theta,
+        "implementation": config.implementation,
+        "dtype": config.dtype,
+        "param_dtype": config.param_dtype,
+        "name": "attention",
+    }
+    if config.attention == "dense":
+        return DenseAttention(output_gate=config.output_gate, **common)
+    return NativeSparseAttention(nsa=config.nsa, **common)
+
+
+def layer_intermediates(intermediates: dict, name: str) -> Array:
+    """What every attention layer sowed under `name`, stacked: [layers, ...].
+
+    Args:
+      intermediates: the "intermediates" collection that `Transformer.apply` returned.
+      name: "block_indices" or "gates".
+
+    Raises:
+      KeyError: if no layer sowed such a thing, as in a dense model.
+    """
+    if "layers" in intermediates:
+        return intermediates["layers"]["attention"][name][0]
+    layers = sorted(
+        (key for key in intermediates if key.startswith("layers_")),
+        key=lambda key: int(key.removeprefix("layers_")),
+    )
+    return jnp.stack([intermediates[layer]["attention"][name][0] for layer in layers])

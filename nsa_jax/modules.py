@@ -1,0 +1,269 @@
+"""Attention layers as Flax Linen modules: they own parameters and names, `nsa_jax.ops` the maths.
+
+`NativeSparseAttention` and `DenseAttention` are called alike, so that a model swaps one for the
+other.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nsa_jax.config import NSAConfig
+from nsa_jax.ops import compression
+from nsa_jax.ops.attention import native_sparse_attention
+from nsa_jax.rotary import apply_rope
+from nsa_jax.typing import Array, Float, Int
+
+DENSE_IMPLEMENTATIONS = ("auto", "cudnn", "xla")
+
+
+class Compression(nn.Module):
+    """phi: one vector for each block of tokens (equation 7), its weights shared by the heads.
+
+    Attributes:
+      kind: "mlp", a hidden layer over the block's tokens, each with a learned intra-block position
+        added; "linear", the same without the hidden layer; "mean".
+      block_size: l.
+      stride: d.
+      width: hidden units of "mlp".
+      dtype: of the computation; by default what inputs and parameters promote to.
+      param_dtype: of the parameters.
+    """
+
+    kind: str
+    block_size: int
+    stride: int
+    width: int
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S K H"]) -> Float[Array, "B C K H"]:
+        """Compresses keys or values [B, S, K, H] to [B, C, K, H], C their complete blocks."""
+        blocks = compression.split_into_blocks(x, block_size=self.block_size, stride=self.stride)
+        if self.kind == "mean":
+            return blocks.mean(axis=2)
+        head_dim = x.shape[-1]
+        positions = self.param(
+            "positions", nn.initializers.normal(0.02), (self.block_size, head_dim), self.param_dtype
+        )
+        blocks = jnp.moveaxis(blocks + positions[:, None, :].astype(blocks.dtype), 3, 2)
+        flat = blocks.reshape(*blocks.shape[:3], self.block_size * head_dim)
+        if self.kind == "mlp":
+            flat = nn.gelu(self._dense(self.width, "hidden")(flat))
+        return self._dense(head_dim, "out")(flat)
+
+    def _dense(self, features, name):
+        return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+
+
+class Gates(nn.Module):
+    """The weight of each branch for each head: sigmoids of an MLP of the layer's input.
+
+    Attributes:
+      num_heads: N.
+      width: hidden units; 0 makes it one linear layer.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    num_heads: int
+    width: int
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N 3"]:
+        """The gates of the layer's input, float32, in the order compressed, selected, window."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.width:
+            x = nn.gelu(nn.Dense(self.width, name="hidden", **dtypes)(x))
+        logits = nn.DenseGeneral((self.num_heads, 3), name="out", **dtypes)(x)
+        return nn.sigmoid(logits.astype(jnp.float32))
+
+
+class NativeSparseAttention(nn.Module):
+    """Causal self-attention through compressed blocks, selected blocks and a sliding window.
+
+    For whoever asks with `mutable=["intermediates"]`, each call sows "block_indices", int32
+    [B, T, K, n], and "gates", float32 [B, T, N, 3].
+
+    Attributes:
+      num_heads: N, query heads.
+      num_kv_heads: K, key and value heads; divides N.
+      head_dim: H, of queries and keys; even.
+      v_head_dim: V, of values; by default H.
+      nsa: the geometry and what the paper leaves open.
+      rope_theta: base of the rotary embeddings' wavelengths.
+      implementation: see `nsa_jax.ops.dispatch`.
+      dtype: of the computation; by default what inputs and parameters promote to.
+      param_dtype: of the parameters.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int | None = None
+    nsa: NSAConfig = NSAConfig()
+    rope_theta: float = 10_000.0
+    implementation: str = "auto"
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], *, document_starts: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Attends over the tokens before and at each position.
+
+        Args:
+          x: the layer's input.
+          document_starts: int32, for rows that hold several documents, the position at which each
+            token's document begins: a multiple of select_block_size. 0 by default.
+
+        Returns:
+          The layer's output, [B, T, D].
+
+        Raises:
+          ValueError: if the sizes of the heads do not fit.
+          UnsupportedError: if the implementation asked for by name cannot run here.
+        """
+        nsa, heads = self.nsa, _Heads(self)
+        positions = _document_positions(x, document_starts)
+        q = heads.project("query", self.num_heads, self.head_dim)(x)
+        rotated_q = apply_rope(q, positions, theta=self.rope_theta)
+
+        def key_value(branch):
+            k = heads.project(f"key{branch}", self.num_kv_heads, self.head_dim)(x)
+            v = heads.project(f"value{branch}", self.num_kv_heads, heads.v_head_dim)(x)
+            return k, v
+
+        if nsa.share_kv:
+            compressed = selected = window = key_value("")
+        else:
+            compressed, selected, window = map(key_value, ("_compressed", "_selected", "_window"))
+        gates = Gates(self.num_heads, nsa.gate_width, name="gate", **heads.dtypes)(x)
+
+        def rotate_keys(branch):
+            k, v = branch
+            return apply_rope(k, positions, theta=self.rope_theta), v
+
+        out, block_indices = native_sparse_attention(
+            rotated_q,
+            self._compress(*compressed, positions),
+            rotate_keys(selected),
+            rotate_keys(window),
+            gates,
+            config=nsa,
+            q_compressed=q if nsa.compressed_rope == "none" else rotated_q,
+            document_starts=document_starts,
+            implementation=self.implementation,
+        )
+        self.sow("intermediates", "block_indices", block_indices)
+        self.sow("intermediates", "gates", gates)
+        return heads.output(x.shape[-1])(out)
+
+    def _compress(self, k, v, positions):
+        """phi of keys and of values, with the keys rotated as `compressed_rope` says."""
+        nsa = self.nsa
+        sizes = {"block_size": nsa.compress_block_size, "stride": nsa.compress_stride}
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def phi(kind, name):
+            return Compression(kind, width=nsa.compression_width, name=name, **sizes, **dtypes)
+
+        if nsa.compressed_rope == "before":
+            k = apply_rope(k, positions, theta=self.rope_theta)
+        k = phi(nsa.key_compression, "compress_keys")(k)
+        v = phi(nsa.value_compression, "compress_values")(v)
+        if nsa.compressed_rope == "after":
+            starts = compression.block_starts(k.shape[1], stride=nsa.compress_stride)
+            k = apply_rope(k, positions[:, starts], theta=self.rope_theta)
+        return k, v
+
+
+class DenseAttention(nn.Module):
+    """Full causal self-attention with grouped queries, the baseline.
+
+    Attributes:
+      num_heads: N, query heads.
+      num_kv_heads: K, key and value heads; divides N.
+      head_dim: H, of queries and keys; even.
+      v_head_dim: V, of values; by default H.
+      output_gate: multiplies each head's output by a sigmoid of the layer's input, as a control
+        for the gates of `NativeSparseAttention`.
+      rope_theta: base of the rotary embeddings' wavelengths.
+      implementation: of `jax.nn.dot_product_attention`, "cudnn" or "xla"; "auto" takes cuDNN on
+        GPUs for bfloat16 and float16.
+      dtype: of the computation; by default what inputs and parameters promote to.
+      param_dtype: of the parameters.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int | None = None
+    output_gate: bool = False
+    rope_theta: float = 10_000.0
+    implementation: str = "auto"
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], *, document_starts: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """As `NativeSparseAttention.__call__`; documents may begin at any position."""
+        heads = _Heads(self)
+        positions = _document_positions(x, document_starts)
+        q = heads.project("query", self.num_heads, self.head_dim)(x)
+        k = heads.project("key", self.num_kv_heads, self.head_dim)(x)
+        v = heads.project("value", self.num_kv_heads, heads.v_head_dim)(x)
+        q, k = (apply_rope(a, positions, theta=self.rope_theta) for a in (q, k))
+        out = self._attend(q, k, v, document_starts)
+        if self.output_gate:
+            gate = nn.DenseGeneral(self.num_heads, name="output_gate", **heads.dtypes)(x)
+            out = out * nn.sigmoid(gate.astype(jnp.float32))[..., None].astype(out.dtype)
+        return heads.output(x.shape[-1])(out)
+
+    def _attend(self, q, k, v, document_starts):
+        implementation = self.implementation
+        if implementation == "auto":
+            on_gpu = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+            implementation = "cudnn" if on_gpu else "xla"
+        # dot_product_attention wants equal sizes: zeros add nothing to a score or to a value.
+        size, v_head_dim = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+        scale = q.shape[-1] ** -0.5
+        q, k, v = (jnp.pad(a, [(0, 0)] * 3 + [(0, size - a.shape[-1])]) for a in (q, k, v))
+        mask = None
+        if document_starts is not None:
+            mask = (jnp.arange(k.shape[1]) >= document_starts[:, :, None])[:, None]
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=scale, is_causal=True, implementation=implementation
+        )
+        return out[..., :v_head_dim]
+
+
+class _Heads:
+    """The projections into and out of heads, as both attention modules make them."""
+
+    def __init__(self, module):
+        n, k = module.num_heads, module.num_kv_heads
+        if k < 1 or n % k:
+            raise ValueError(f"num_kv_heads={k} must divide num_heads={n}")
+        self.v_head_dim = module.head_dim if module.v_head_dim is None else module.v_head_dim
+        self.dtypes = {"dtype": module.dtype, "param_dtype": module.param_dtype}
+
+    def project(self, name, num_heads, head_dim):
+        return nn.DenseGeneral((num_heads, head_dim), use_bias=False, name=name, **self.dtypes)
+
+    def output(self, features):
+        return nn.DenseGeneral(
+            features, axis=(-2, -1), use_bias=False, name="output", **self.dtypes
+        )
+
+
+def _document_positions(x, document_starts):
+    """Positions within each document, so that packed documents are rotated as they are alone."""
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    return positions if document_starts is None else positions - document_starts

@@ -1,0 +1,77 @@
+"""Native Sparse Attention: three branches, gated and summed (equation 5)."""
+
+import jax.numpy as jnp
+
+from nsa_jax.config import NSAConfig
+from nsa_jax.ops import branches
+from nsa_jax.typing import Array, Float, Int, KeyValue
+
+
+def native_sparse_attention(
+    q: Float[Array, "B T N H"],
+    compressed: KeyValue,
+    selected: KeyValue,
+    window: KeyValue,
+    gates: Float[Array, "B T N 3"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    q_compressed: Float[Array, "B T N H"] | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    document_starts: Int[Array, "B T"] | None = None,
+    block_indices: Int[Array, "B T K M"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T N V"], Int[Array, "B T K M"]]:
+    """Causal attention through compressed blocks, selected blocks and a sliding window.
+
+    Args:
+      q: queries.
+      compressed: keys [B, C, K, H] and values [B, C, K, V] of the compressed blocks, block i of
+        which stands for the tokens i*d to i*d + l - 1.
+      selected: keys [B, S, K, H] and values [B, S, K, V] of the tokens, for the selected branch.
+      window: likewise for the sliding window; the same arrays may serve both.
+      gates: the weight of each branch in the order compressed, selected, window. They are used as
+        given; the paper's are sigmoids and need not sum to 1.
+      config: the geometry.
+      scale: multiplies the scores; 1 / sqrt(H) by default.
+      q_compressed: queries for the compressed branch where they differ from q, as when only one of
+        the two is rotated.
+      q_positions: int32, the position of each query among the tokens, rising by one along a row;
+        0, 1, ... by default.
+      document_starts: int32, for rows that hold several documents, the position at which the
+        query's document begins: a multiple of select_block_size. 0 by default.
+      block_indices: the blocks to attend, int32 and -1 for none, in place of the ones that the
+        compressed scores select.
+      implementation: "auto", or one of `nsa_jax.ops.dispatch.IMPLEMENTATIONS` by name.
+
+    Returns:
+      The attention's output [B, T, N, V] in q's dtype, and the selected blocks [B, T, K, n], int32
+      in ascending order, then -1 where there is no further block.
+
+    Raises:
+      ValueError: if shapes do not fit each other or there is no such implementation.
+      UnsupportedError: if the implementation asked for by name cannot run this call.
+    """
+    q_compressed = q if q_compressed is None else q_compressed
+    if gates.shape != (*q.shape[:3], 3):
+        raise ValueError(f"gates {gates.shape} must be [B, T, N, 3] = {(*q.shape[:3], 3)}")
+    where = {"config": config, "scale": scale, "q_positions": q_positions}
+    where |= {"implementation": implementation}
+    documents = {"document_starts": document_starts}
+
+    out_compressed, lse = branches.compressed_attention(
+        q_compressed, *compressed, **where, **documents
+    )
+    if block_indices is None:
+        block_indices = branches.select_blocks(
+            q_compressed, compressed[0], lse, **where, **documents
+        )
+    out_selected, _ = branches.selected_attention(q, *selected, block_indices, **where)
+    out_window, _ = branches.sliding_window_attention(q, *window, **where, **documents)
+
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    outputs = (out_compressed, out_selected, out_window)
+    out = sum(
+        gates[..., c, None].astype(dtype) * out.astype(dtype) for c, out in enumerate(outputs)
+    )
+    return out.astype(q.dtype), block_indices

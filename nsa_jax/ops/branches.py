@@ -1,0 +1,263 @@
+"""The three branches and the selection between them, as functions of arrays.
+
+Each branch says which keys a query may see, an interval or a list of blocks, and hands that to one
+kernel operation. Every function here takes:
+
+    scale             multiplies the scores; 1 / sqrt(H) by default
+    q_positions       int32 [B, T], the position of each query among the keys; 0, 1, ... by default.
+                      They rise by one along a row (chunked prefill starts them at an offset).
+    document_starts   int32 [B, T], for rows that hold several documents: the position at which the
+                      query's document begins, a multiple of select_block_size; 0 by default
+    implementation    see `nsa_jax.ops.dispatch`
+
+and raises ValueError if shapes do not fit, UnsupportedError if the implementation asked for by name
+cannot run the call. All of them work under jit, grad, vmap, remat and scan.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax.config import NSAConfig
+from nsa_jax.ops import compression, dispatch, reference
+from nsa_jax.typing import Array, Float, Int
+
+
+def compressed_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B C K H"],
+    v: Float[Array, "B C K V"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    document_starts: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attention over the compressed keys and values that are complete at the query (eq. 5, 7).
+
+    Args:
+      q: queries.
+      k: compressed keys; block i stands for the tokens i*d to i*d + l - 1.
+      v: compressed values.
+      config: gives l and d.
+      scale: see the module's docstring, as for the arguments below.
+      q_positions: positions.
+      document_starts: documents.
+      implementation: by name, or "auto".
+
+    Returns:
+      The outputs in q's dtype, exactly 0 where no block is complete, and the natural logarithm of
+      the softmax's denominators in float32, -inf there.
+    """
+    check_shapes("compressed_attention", q, k, v, q_positions, document_starts)
+    sizes = _compressed_sizes(config)
+    if implementation == "reference":
+        where = {"q_positions": q_positions, "document_starts": document_starts}
+        return reference.compressed_attention(q, k, v, scale=scale, **sizes, **where)
+    q_positions, document_starts = _positions(q, q_positions, document_starts)
+    lo, hi = compression.visible_blocks(
+        q_positions,
+        document_starts,
+        block_size=config.compress_block_size,
+        stride=config.compress_stride,
+    )
+    scale = _scale(q, scale)
+    return dispatch.run("interval_attention", implementation, q, k, v, lo, hi, scale=scale)
+
+
+def select_blocks(
+    q: Float[Array, "B T N H"],
+    k_compressed: Float[Array, "B C K H"],
+    lse: Float[Array, "B T N"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    document_starts: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
+) -> Int[Array, "B T K M"]:
+    """The blocks that each query attends in the selected branch (equations 8 to 11).
+
+    The probabilities of the compressed branch, mapped onto selection blocks by token overlap and
+    summed over the heads of a group, rank the blocks of the query's document that begin at or
+    before it. The forced blocks come first and count within n; ties go to the lower block. No
+    gradient flows through the choice.
+
+    Args:
+      q: the queries of the compressed branch.
+      k_compressed: its keys.
+      lse: its denominators, from `compressed_attention`.
+      config: gives the geometry.
+      scale: see the module's docstring, as for the arguments below.
+      q_positions: positions.
+      document_starts: documents.
+      implementation: by name, or "auto".
+
+    Returns:
+      int32 [B, T, K, n]: block indices in ascending order, then -1 where there is no further block.
+    """
+    check_shapes("select_blocks", q, k_compressed, None, q_positions, document_starts)
+    q, k_compressed, lse = jax.lax.stop_gradient((q, k_compressed, lse))
+    sizes = _selection_sizes(config)
+    if implementation == "reference":
+        where = {"q_positions": q_positions, "document_starts": document_starts}
+        return reference.select_blocks(q, k_compressed, scale=scale, **sizes, **where)
+    q_positions, document_starts = _positions(q, q_positions, document_starts)
+    return dispatch.run(
+        "select_blocks",
+        implementation,
+        q,
+        k_compressed,
+        lse,
+        q_positions,
+        document_starts,
+        scale=_scale(q, scale),
+        **sizes,
+    )
+
+
+def selected_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    block_indices: Int[Array, "B T K M"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attention over the tokens of the selected blocks up to the query itself (equation 12).
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      block_indices: int32, distinct within a row, in any order; -1 stands for no block.
+      config: gives l'.
+      scale: see the module's docstring, as for the arguments below.
+      q_positions: positions.
+      implementation: by name, or "auto".
+
+    Returns:
+      The outputs in q's dtype, exactly 0 where no token may be seen, and the natural logarithm of
+      the softmax's denominators in float32, -inf there.
+    """
+    check_shapes("selected_attention", q, k, v, q_positions, None)
+    if block_indices.ndim != 4 or block_indices.shape[:3] != (*q.shape[:2], k.shape[2]):
+        raise ValueError(
+            f"selected_attention: block_indices {block_indices.shape} must be [B, T, K, M] with "
+            f"B, T, K = {(*q.shape[:2], k.shape[2])}"
+        )
+    block_size = config.select_block_size
+    if implementation == "reference":
+        return reference.selected_attention(
+            q,
+            k,
+            v,
+            block_indices,
+            select_block_size=block_size,
+            scale=scale,
+            q_positions=q_positions,
+        )
+    q_positions, _ = _positions(q, q_positions, None)
+    return dispatch.run(
+        "selected_attention",
+        implementation,
+        q,
+        k,
+        v,
+        block_indices,
+        q_positions,
+        block_size=block_size,
+        scale=_scale(q, scale),
+    )
+
+
+def sliding_window_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    document_starts: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attention over the last w tokens of the document, the query's own included (section 3.3.3).
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      config: gives w.
+      scale: see the module's docstring, as for the arguments below.
+      q_positions: positions.
+      document_starts: documents.
+      implementation: by name, or "auto".
+
+    Returns:
+      The outputs in q's dtype, and the natural logarithm of the softmax's denominators in float32.
+    """
+    check_shapes("sliding_window_attention", q, k, v, q_positions, document_starts)
+    if implementation == "reference":
+        where = {"q_positions": q_positions, "document_starts": document_starts}
+        return reference.sliding_window_attention(
+            q, k, v, window_size=config.window_size, scale=scale, **where
+        )
+    q_positions, document_starts = _positions(q, q_positions, document_starts)
+    lo = jnp.maximum(q_positions - config.window_size + 1, document_starts)
+    hi = q_positions + 1
+    scale = _scale(q, scale)
+    return dispatch.run("interval_attention", implementation, q, k, v, lo, hi, scale=scale)
+
+
+def check_shapes(operation, q, k, v, q_positions, document_starts) -> None:
+    """Raises ValueError unless the arrays of one branch fit each other."""
+
+    def refuse(problem):
+        raise ValueError(f"{operation}: {problem}")
+
+    arrays = {"q": q, "k": k, "v": v}
+    for name, x in arrays.items():
+        if x is not None and x.ndim != 4:
+            refuse(f"{name} {x.shape} must have four dimensions: batch, position, head, feature")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        refuse(f"q {q.shape} and k {k.shape} must agree in batch and head dimension")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        refuse(f"the {k.shape[2]} key/value heads of k must divide the {q.shape[2]} heads of q")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        refuse(f"k {k.shape} and v {v.shape} must agree in all but the last dimension")
+    for name, x in (("q_positions", q_positions), ("document_starts", document_starts)):
+        if x is not None and (x.shape != q.shape[:2] or not jnp.issubdtype(x.dtype, jnp.integer)):
+            refuse(f"{name} {x.dtype}{x.shape} must be integers of shape [B, T] = {q.shape[:2]}")
+
+
+def _positions(q, q_positions, document_starts):
+    shape = q.shape[:2]
+    if q_positions is None:
+        q_positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    if document_starts is None:
+        document_starts = jnp.zeros(shape, jnp.int32)
+    return q_positions.astype(jnp.int32), document_starts.astype(jnp.int32)
+
+
+def _scale(q, scale):
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _compressed_sizes(config):
+    return {
+        "compress_block_size": config.compress_block_size,
+        "compress_stride": config.compress_stride,
+    }
+
+
+def _selection_sizes(config):
+    return _compressed_sizes(config) | {
+        "select_block_size": config.select_block_size,
+        "num_selected_blocks": config.num_selected_blocks,
+        "num_initial_blocks": config.num_initial_blocks,
+        "num_local_blocks": config.num_local_blocks,
+    }

@@ -1,0 +1,108 @@
+"""Which implementation runs a kernel operation, decided in this one place.
+
+    "mosaic_gpu"  Pallas Mosaic GPU kernels, for NVIDIA Hopper
+    "triton"      Triton kernels, for NVIDIA GPUs since Ampere
+    "xla"         portable XLA code, on any device
+    "reference"   the oracle: dense and slow, for tests and doubts
+    "auto"        the first of mosaic_gpu, triton and xla that can run the call
+
+Whoever cannot run a call says why in one sentence, its refusal. "auto" goes on to the next
+implementation; an explicit choice raises `UnsupportedError` with the sentence and never falls back.
+"""
+
+from collections.abc import Callable
+
+import pallas_kernels
+from nsa_jax.ops import xla
+
+AUTO_ORDER = ("mosaic_gpu", "triton", "xla")
+IMPLEMENTATIONS = ("auto", *AUTO_ORDER, "reference")
+OPERATIONS = tuple(pallas_kernels.KERNELS)
+
+
+class UnsupportedError(NotImplementedError):
+    """The implementation that was asked for by name cannot run this call; the message says why."""
+
+
+def check_name(implementation: str) -> None:
+    """Raises ValueError unless `implementation` is one of `IMPLEMENTATIONS`."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
+
+
+def _load(operation: str, implementation: str) -> pallas_kernels.Kernel | str:
+    """The kernel, or the sentence that says why there is none."""
+    if implementation not in pallas_kernels.KERNELS[operation]:
+        return f"there is no {implementation} kernel for {operation} in this version of nsa_jax."
+    try:
+        return pallas_kernels.load(operation, implementation)
+    except ImportError as error:
+        return (
+            f"{implementation} needs a package that cannot be imported here ({error}); "
+            "pip install 'nsa-jax[cuda13]' installs it."
+        )
+
+
+def refusal(operation: str, implementation: str, *args, **kwargs) -> str | None:
+    """Why `implementation` cannot run `operation` on these arguments here, or None.
+
+    Reads the shapes and dtypes of the arguments and the devices of the process, never values.
+    """
+    if implementation == "xla":
+        return None
+    kernel = _load(operation, implementation)
+    return kernel if isinstance(kernel, str) else kernel.refusal(operation, *args, **kwargs)
+
+
+def resolve(operation: str, implementation: str, *args, **kwargs) -> tuple[str, Callable]:
+    """The name and the function of the implementation that runs this call.
+
+    Args:
+      operation: one of `OPERATIONS`.
+      implementation: one of `IMPLEMENTATIONS` but "reference", which has no kernel operations.
+      *args: the operation's arguments, or anything with their shapes and dtypes.
+      **kwargs: the operation's keywords.
+
+    Raises:
+      ValueError: if there is no implementation of that name.
+      UnsupportedError: if an implementation asked for by name refuses.
+    """
+    check_name(implementation)
+    for name in AUTO_ORDER if implementation == "auto" else (implementation,):
+        reason = refusal(operation, name, *args, **kwargs)
+        if reason is None:
+            break
+        if implementation != "auto":
+            raise UnsupportedError(f"implementation={implementation!r}: {reason}")
+    function = getattr(xla, operation) if name == "xla" else _load(operation, name).function
+    return name, function
+
+
+def explain(implementation: str) -> dict[str, dict]:
+    """What the devices of this process allow, before any shapes are known: a record for run logs.
+
+    Returns:
+      For each operation, the implementation "chosen" and, for those tried before it, the sentence
+      of why each was "refused".
+
+    Raises:
+      ValueError, UnsupportedError: as `resolve`.
+    """
+    check_name(implementation)
+    if implementation == "reference":
+        return {operation: {"chosen": "reference", "refused": {}} for operation in OPERATIONS}
+    record = {}
+    for operation in OPERATIONS:
+        chosen, _ = resolve(operation, implementation)
+        tried = AUTO_ORDER[: AUTO_ORDER.index(chosen)] if implementation == "auto" else ()
+        record[operation] = {
+            "chosen": chosen,
+            "refused": {name: refusal(operation, name) for name in tried},
+        }
+    return record
+
+
+def run(operation: str, implementation: str, *args, **kwargs):
+    """Runs a kernel operation through the implementation that `resolve` finds."""
+    _, function = resolve(operation, implementation, *args, **kwargs)
+    return function(*args, **kwargs)

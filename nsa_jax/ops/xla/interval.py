@@ -1,0 +1,171 @@
+"""interval_attention: each query attends one interval of keys.
+
+Tiles of queries walk the tiles of keys between the smallest lo and the largest hi of the tile, with
+a running softmax, so that work and memory follow the intervals and no [T, S] array is built.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax.ops.xla.common import (
+    accumulation_dtype,
+    dot,
+    group_heads,
+    join_axis,
+    keep_seen,
+    log_sum_exp,
+    masked_exp,
+    pad_axis,
+    split_axis,
+    ungroup_heads,
+)
+from nsa_jax.typing import Array, Float, Int
+
+TILE_QUERIES = 128
+TILE_KEYS = 128
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def interval_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    lo: Int[Array, "B T"],
+    hi: Int[Array, "B T"],
+    scale: float,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attention of query t over the keys j with lo[b, t] <= j < hi[b, t].
+
+    Differentiable in q, k, v, through both results.
+
+    Args:
+      q: queries.
+      k: keys; K divides N.
+      v: values.
+      lo: int32, not decreasing along t.
+      hi: int32, not decreasing along t; a row with hi <= lo is empty.
+      scale: multiplies the scores.
+
+    Returns:
+      The outputs in q's dtype, exactly 0 on an empty row, and the natural logarithm of the
+      softmax's denominator in float32, -inf on an empty row.
+    """
+    return _forward(q, k, v, lo, hi, scale)[0]
+
+
+def _query_tiles(arrays, lo, hi, num_keys, num_kv_heads):
+    """Tiles of queries [tiles, B, K, t, G, ...], and of their intervals [tiles, B, t]."""
+    size = min(TILE_QUERIES, lo.shape[1])
+    hi = jnp.minimum(hi, num_keys)
+    arrays = [split_axis(group_heads(x, num_kv_heads), 2, size) for x in arrays]
+    return arrays, split_axis(lo, 1, size), split_axis(hi, 1, size)  # padded queries see nothing
+
+
+def _join_queries(x, num_queries):
+    return ungroup_heads(join_axis(x, 2, num_queries))
+
+
+def _key_tiles(x):
+    """Keys or values as [B, K, S', H], S' a multiple of the tile, and the tile's size."""
+    size = min(TILE_KEYS, max(x.shape[1], 1))
+    return pad_axis(jnp.moveaxis(x, 2, 1), 2, size), size
+
+
+def _tile_range(lo, hi, size):
+    """The first key tile that a tile of queries needs, and the one after its last."""
+    some = hi > lo
+    first = jnp.min(jnp.where(some, lo, jnp.iinfo(jnp.int32).max)) // size
+    end = -(-jnp.max(jnp.where(some, hi, 0)) // size)
+    return first, end
+
+
+def _load(k, v, lo, hi, tile, size):
+    """One tile of keys and of values, and who sees what: mask [B, 1, t, 1, s]."""
+    key = tile * size + jnp.arange(size, dtype=jnp.int32)
+    mask = (key >= lo[:, :, None]) & (key < hi[:, :, None])
+    seen = mask.any(axis=1)[:, None]
+    k = jax.lax.dynamic_slice_in_dim(k, tile * size, size, axis=2)
+    v = jax.lax.dynamic_slice_in_dim(v, tile * size, size, axis=2)
+    return keep_seen(k, seen), keep_seen(v, seen), mask[:, None, :, None, :]
+
+
+def _forward(q, k, v, lo, hi, scale):
+    dtype = accumulation_dtype(q)
+    keys, size = _key_tiles(k)
+    values, _ = _key_tiles(v)
+
+    def query_tile(_, tile):
+        (q,), lo, hi = tile
+
+        def step(index, carry):
+            maximum, total, out = carry
+            k, v, mask = _load(keys, values, lo, hi, index, size)
+            scores = dot("bktgh,bksh->bktgs", q, k) * scale
+            new_maximum = jnp.maximum(maximum, jnp.where(mask, scores, -jnp.inf).max(axis=-1))
+            decay = masked_exp(maximum, maximum > -jnp.inf, new_maximum)
+            p = masked_exp(scores, mask, new_maximum[..., None])
+            out = out * decay[..., None] + dot("bktgs,bksv->bktgv", p.astype(v.dtype), v)
+            return new_maximum, total * decay + p.sum(axis=-1), out
+
+        rows = q.shape[:-1]
+        start = (
+            jnp.full(rows, -jnp.inf, dtype),
+            jnp.zeros(rows, dtype),
+            jnp.zeros((*rows, v.shape[-1]), dtype),
+        )
+        maximum, total, out = jax.lax.fori_loop(*_tile_range(lo, hi, size), step, start)
+        out = out / jnp.where(total > 0, total, 1.0)[..., None]
+        return None, (out.astype(q.dtype), log_sum_exp(maximum, total))
+
+    tiles = _query_tiles([q], lo, hi, k.shape[1], k.shape[2])
+    _, (out, lse) = jax.lax.scan(query_tile, None, tiles)
+    out, lse = _join_queries(out, q.shape[1]), _join_queries(lse, q.shape[1])
+    return (out, lse), (q, k, v, lo, hi, out, lse)
+
+
+def _backward(scale, residuals, gradients):
+    q, k, v, lo, hi, out, lse = residuals
+    d_out, d_lse = gradients
+    dtype = accumulation_dtype(q)
+    num_queries, num_keys, num_kv_heads = q.shape[1], k.shape[1], k.shape[2]
+    keys, size = _key_tiles(k)
+    values, _ = _key_tiles(v)
+    # d score = p * (d_out . v - delta), where delta also carries what flows in through lse.
+    delta = (out.astype(dtype) * d_out.astype(dtype)).sum(axis=-1) - d_lse
+
+    def query_tile(carry, tile):
+        (q, d_out, lse, delta), lo, hi = tile
+
+        def step(index, carry):
+            dq, dk, dv = carry
+            k, v, mask = _load(keys, values, lo, hi, index, size)
+            scores = dot("bktgh,bksh->bktgs", q, k) * scale
+            p = masked_exp(scores, mask, lse[..., None])
+            dp = dot("bktgv,bksv->bktgs", d_out, v)
+            ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
+            dq += dot("bktgs,bksh->bktgh", ds, k)
+            dk = _add_tile(dk, dot("bktgs,bktgh->bksh", ds, q), index * size)
+            dv = _add_tile(dv, dot("bktgs,bktgv->bksv", p.astype(d_out.dtype), d_out), index * size)
+            return dq, dk, dv
+
+        dq = jnp.zeros(q.shape, dtype)
+        dq, *carry = jax.lax.fori_loop(*_tile_range(lo, hi, size), step, (dq, *carry))
+        return carry, dq.astype(q.dtype)
+
+    tiles = _query_tiles([q, d_out, lse, delta], lo, hi, num_keys, num_kv_heads)
+    start = [jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype)]
+    (dk, dv), dq = jax.lax.scan(query_tile, start, tiles)
+    dq = _join_queries(dq, num_queries)
+    dk = jnp.moveaxis(dk[:, :, :num_keys], 1, 2).astype(k.dtype)
+    dv = jnp.moveaxis(dv[:, :, :num_keys], 1, 2).astype(v.dtype)
+    return dq, dk, dv, None, None
+
+
+def _add_tile(x, tile, start):
+    old = jax.lax.dynamic_slice_in_dim(x, start, tile.shape[2], axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(x, old + tile, start, axis=2)
+
+
+interval_attention.defvjp(_forward, _backward)

@@ -1,0 +1,22 @@
+"""What all tests share: the `gpu` marker and JAX's strict modes."""
+
+import jax
+import pytest
+
+# A silent broadcast or promotion is how shape mistakes hide.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="fail, rather than skip, the tests marked gpu where there is no NVIDIA GPU",
+    )
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        if item.config.getoption("--require-gpu"):
+            pytest.fail(f"--require-gpu: JAX sees {jax.devices()} and no NVIDIA GPU")
+        pytest.skip("needs an NVIDIA GPU")
