@@ -1,0 +1,1 @@
+"""Training from the command line: data, optimisation, checkpoints, what a person sees."""

@@ -1,0 +1,106 @@
+"""Who runs a call, and what is said when nobody can."""
+
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nsa_jax
+import pallas_kernels
+from nsa_jax.ops import dispatch, xla
+from tests.arg_specs import SMALL, random_inputs
+
+
+@pytest.fixture
+def fake_kernel(monkeypatch):
+    """Registers a Triton kernel for interval_attention; returns how it was called."""
+    calls = []
+    module = types.ModuleType("fake_triton_kernels")
+
+    def interval_attention(*args, **kwargs):
+        calls.append("run")
+        return xla.interval_attention(*args, **kwargs)
+
+    def refusal(operation, *args, **kwargs):
+        if args and args[0].shape[-1] > 8:
+            return f"{operation} takes at most 8 features a head, not {args[0].shape[-1]}."
+        return None
+
+    module.interval_attention, module.refusal = interval_attention, refusal
+    monkeypatch.setitem(sys.modules, "fake_triton_kernels", module)
+    monkeypatch.setitem(
+        pallas_kernels.KERNELS["interval_attention"],
+        "triton",
+        "fake_triton_kernels:interval_attention",
+    )
+    return calls
+
+
+def window(head_dim, implementation):
+    q, k, v = (jnp.ones((1, 6, 1, head_dim)) for _ in range(3))
+    config = nsa_jax.NSAConfig(window_size=3)
+    return nsa_jax.sliding_window_attention(q, k, v, config=config, implementation=implementation)
+
+
+def test_auto_takes_the_first_that_can(fake_kernel):
+    assert dispatch.resolve("interval_attention", "auto")[0] == "triton"
+    assert dispatch.resolve("selected_attention", "auto")[0] == "xla"
+    window(8, "auto")
+    assert fake_kernel == ["run"]
+
+
+def test_auto_goes_on_where_a_kernel_refuses(fake_kernel):
+    out, _ = window(16, "auto")
+    assert fake_kernel == []
+    np.testing.assert_array_equal(out, jnp.ones_like(out))
+
+
+def test_an_explicit_choice_never_falls_back(fake_kernel):
+    window(8, "triton")
+    with pytest.raises(nsa_jax.UnsupportedError, match="at most 8 features a head, not 16"):
+        window(16, "triton")
+    with pytest.raises(nsa_jax.UnsupportedError, match="no mosaic_gpu kernel for interval_atten"):
+        window(8, "mosaic_gpu")
+
+
+def test_a_missing_package_is_named_with_its_cure(monkeypatch):
+    monkeypatch.setitem(
+        pallas_kernels.KERNELS["interval_attention"], "triton", "not_installed_here:kernel"
+    )
+    with pytest.raises(nsa_jax.UnsupportedError, match=r"not_installed_here.*nsa-jax\[cuda13\]"):
+        window(8, "triton")
+    window(8, "auto")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
+def test_unknown_names_are_refused_with_the_known_ones(implementation):
+    arrays = random_inputs(SMALL["even"])
+    with pytest.raises(ValueError, match="'cuda' must be one of .*'auto'.*'reference'"):
+        nsa_jax.native_sparse_attention(**arrays, config=SMALL["even"].nsa, implementation="cuda")
+    assert dispatch.check_name(implementation) is None
+
+
+def test_explain_says_what_was_chosen_and_why():
+    record = dispatch.explain("auto")
+    assert set(record) == {"interval_attention", "select_blocks", "selected_attention"}
+    for operation, entry in record.items():
+        assert entry["chosen"] in ("mosaic_gpu", "triton", "xla")
+        for name, sentence in entry["refused"].items():
+            assert sentence.endswith(".")
+            assert name in sentence
+            assert operation in sentence or "needs" in sentence
+    assert dispatch.explain("reference")["select_blocks"]["chosen"] == "reference"
+    with pytest.raises(ValueError, match="must be one of"):
+        dispatch.explain("fastest")
+
+
+def test_the_table_names_known_operations():
+    assert set(dispatch.OPERATIONS) == {
+        "interval_attention",
+        "select_blocks",
+        "selected_attention",
+    }
+    for kernels in pallas_kernels.KERNELS.values():
+        assert set(kernels) <= {"mosaic_gpu", "triton"}
