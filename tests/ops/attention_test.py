@@ -1,4 +1,4 @@
-"""native_sparse_attention: against the oracle, in its limiting cases, and under JAX's transforms."""
+"""native_sparse_attention against the oracle, in limiting cases, and under JAX's transforms."""
 
 import functools
 
@@ -212,7 +212,7 @@ def raw_attention(arrays, spec, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("cut", [5, 64, 100])
 def test_no_output_depends_on_a_later_token(implementation, cut):
-    """Whatever comes after `cut` changes, infinities included: what came before stays, to the bit."""
+    """Whatever comes after `cut` changes: what came before stays, to the bit."""
     spec = SMALL["ragged"]
     arrays = {k: v for k, v in random_inputs(spec).items() if k != "compressed"}
     other = jax.tree.map(lambda x: x.at[:, cut:].set(10 * x[:, cut:] + 1), arrays)
@@ -242,7 +242,7 @@ def test_the_gradient_to_later_tokens_is_exactly_zero(implementation, position):
 
 
 def test_xla_reads_nothing_that_no_query_may_see():
-    """NaN in keys after the last query, and in blocks and documents nobody sees, changes nothing."""
+    """NaN in keys after the last query and in other documents changes nothing."""
     spec = SMALL["ragged"]
     arrays = random_inputs(spec)
     first, last = 64, 101  # queries of a prefill chunk in a longer, partly filled cache

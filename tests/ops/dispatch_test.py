@@ -77,7 +77,7 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch):
 @pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
 def test_unknown_names_are_refused_with_the_known_ones(implementation):
     arrays = random_inputs(SMALL["even"])
-    with pytest.raises(ValueError, match="'cuda' must be one of .*'auto'.*'reference'"):
+    with pytest.raises(ValueError, match=r"'cuda' must be one of .*'auto'.*'reference'"):
         nsa_jax.native_sparse_attention(**arrays, config=SMALL["even"].nsa, implementation="cuda")
     assert dispatch.check_name(implementation) is None
 

@@ -19,6 +19,7 @@ from nsa_jax.ops.xla.common import (
     masked_exp,
     pad_axis,
     split_axis,
+    sum_over_queries,
     ungroup_heads,
 )
 from nsa_jax.typing import Array, Float, Int
@@ -146,8 +147,8 @@ def _backward(scale, residuals, gradients):
             dp = dot("bktgv,bksv->bktgs", d_out, v)
             ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
             dq += dot("bktgs,bksh->bktgh", ds, k)
-            dk = _add_tile(dk, dot("bktgs,bktgh->bksh", ds, q), index * size)
-            dv = _add_tile(dv, dot("bktgs,bktgv->bksv", p.astype(d_out.dtype), d_out), index * size)
+            dk = _add_tile(dk, sum_over_queries(ds, q), index * size)
+            dv = _add_tile(dv, sum_over_queries(p.astype(d_out.dtype), d_out), index * size)
             return dq, dk, dv
 
         dq = jnp.zeros(q.shape, dtype)

@@ -21,11 +21,10 @@ from nsa_jax.ops.xla.common import (
     log_sum_exp,
     masked_exp,
     split_axis,
+    sum_over_queries,
     ungroup_heads,
 )
 from nsa_jax.typing import Array, Float, Int
-
-TILE_QUERIES = 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -108,6 +107,12 @@ def _block_mask(q_positions, queries, count, index, block, block_size, num_keys)
     return (key <= position[..., None]) & (key < num_keys)
 
 
+def _tile_size(block_indices, block_size):
+    """Half the queries that the average block has: full tiles for most, few steps for each."""
+    _, num_queries, _, num_selected = block_indices.shape
+    return min(max(num_selected * block_size // 2, 1), num_queries)
+
+
 def _num_tiles(count, size):
     return -(-jnp.max(count) // size)
 
@@ -126,7 +131,7 @@ def _setup(k, v, block_indices, q_positions, block_size):
 def _forward(q, k, v, block_indices, q_positions, block_size, scale):
     dtype = accumulation_dtype(q)
     num_queries, num_keys = q.shape[1], k.shape[1]
-    size = min(TILE_QUERIES, num_queries)
+    size = _tile_size(block_indices, block_size)
     index, positions, blocks = _setup(k, v, block_indices, q_positions, block_size)
     q_rows = group_heads(q, k.shape[2])
 
@@ -167,7 +172,7 @@ def _backward(block_size, scale, residuals, gradients):
     d_out, d_lse = gradients
     dtype = accumulation_dtype(q)
     num_queries, num_keys, num_kv_heads = q.shape[1], k.shape[1], k.shape[2]
-    size = min(TILE_QUERIES, num_queries)
+    size = _tile_size(block_indices, block_size)
     index, positions, blocks = _setup(k, v, block_indices, q_positions, block_size)
     # d score = p * (d_out . v - delta), where delta also carries what flows in through lse.
     delta = (out.astype(dtype) * d_out.astype(dtype)).sum(axis=-1) - d_lse
@@ -188,8 +193,8 @@ def _backward(block_size, scale, residuals, gradients):
             ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
             dq_rows = _rows(dq, queries) + dot("bktgs,bksh->bktgh", ds, k_seen)
             dq = _update_rows(dq, queries, dq_rows)
-            dk += dot("bktgs,bktgh->bksh", ds, q)
-            dv += dot("bktgs,bktgv->bksv", p.astype(d_out.dtype), d_out)
+            dk += sum_over_queries(ds, q)
+            dv += sum_over_queries(p.astype(d_out.dtype), d_out)
             return dq, dk, dv
 
         carry = dq, jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)

@@ -1,0 +1,80 @@
+"""What stands at the end of a run: its measure beside the 3-gram's, a sample, the figures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from nsa_jax.training import figures, metrics, ngram, sampling, seeds, steps
+from nsa_jax.training.data import Pipeline
+from nsa_jax.training.setup import Setup
+from nsa_jax.training.steps import TrainState
+from nsa_jax.training.workdir import Workdir
+
+
+def finish(
+    setup: Setup,
+    pipeline: Pipeline,
+    state: TrainState,
+    place: Workdir,
+    log: metrics.MetricsLog,
+    progress: metrics.Progress,
+) -> dict[str, Any]:
+    """Measures, samples and draws the finished model; returns what stands in run.json."""
+    run = setup.run
+    progress.close()
+    validation = steps.evaluate(setup.eval_step, state.params, pipeline.validation, setup.mesh)
+    if not log.has(run.steps, "validation"):  # there already if a finished run is started again
+        log.write(run.steps, "validation", validation)
+    result = {
+        "step": run.steps,
+        "validation": validation,
+        "ngram_bits_per_byte": None,
+        "perfect_bits": pipeline.perfect_bits,
+        "sample": None,
+    }
+    text = bool(pipeline.train_documents)
+    if text:
+        result["ngram_bits_per_byte"] = ngram.interpolated_ngram_bits_per_byte(
+            pipeline.train_documents, pipeline.validation_documents
+        )
+    if text and run.sample.length:
+        key = seeds.stream_key(run.seed, "sample")
+        drawn = sampling.sample(setup.model, state.params, run.sample, key)
+        result["sample"] = run.sample.prompt + drawn.decode(errors="replace")
+    place.record_result(result)
+    for line in summary(result):
+        progress.say(line)
+    if jax.process_index() == 0 and figures.missing() is None:
+        _draw(setup, pipeline, state, place, result)
+    progress.say(f"written to {place.path}")
+    return result
+
+
+def summary(result: Mapping[str, Any]) -> list[str]:
+    """Returns the lines that end a run."""
+    measured = result["validation"]["bits_per_byte"]
+    lines = []
+    if result["sample"] is not None:
+        lines += ["a sample:", *(f"  | {line}" for line in result["sample"].splitlines())]
+    if (ngram_bits := result["ngram_bits_per_byte"]) is not None:
+        lines.append(
+            f"validation: {measured:.3f} bits per byte; an interpolated 3-gram model has "
+            f"{ngram_bits:.3f} on the same split"
+        )
+    else:
+        lines.append(
+            f"validation: {measured:.4f} bits a target; a perfect model has "
+            f"{result['perfect_bits']:.4f}; {result['validation']['accuracy']:.2%} right"
+        )
+    return lines
+
+
+def _draw(setup, pipeline, state, place, result) -> None:
+    rows = metrics.read_rows(place.path / "metrics.jsonl")
+    figures.draw_loss(rows, result["ngram_bits_per_byte"], place.path / "loss.png")
+    if setup.run.model.attention == "nsa":
+        params = jax.device_get(state.params)  # one row on one device, whatever the mesh
+        record = figures.attention_record(setup.model, params, pipeline.validation[0])
+        block_size = setup.run.model.nsa.select_block_size
+        figures.draw_selection(record, block_size, place.path / "selection.png")

@@ -1,0 +1,70 @@
+"""From a configuration to the compiled parts of a run; nothing is computed yet."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nsa_jax.model import Transformer
+from nsa_jax.training import config as config_lib
+from nsa_jax.training import optimizer, parallel, seeds, steps
+from nsa_jax.training.config import RunConfig
+
+
+class Setup(NamedTuple):
+    """The parts of a run.
+
+    Attributes:
+      run: the checked configuration.
+      mesh: all devices.
+      model: the model.
+      make_state: returns the state of step 0, with its random initialisation.
+      abstract_state: its shapes, dtypes and shardings.
+      train_step: from `steps.make_train_step`.
+      eval_step: from `steps.make_eval_step`.
+    """
+
+    run: RunConfig
+    mesh: Mesh
+    model: Transformer
+    make_state: Callable[[], steps.TrainState]
+    abstract_state: steps.TrainState
+    train_step: Callable
+    eval_step: Callable
+
+
+def prepare(config: ConfigDict | Mapping) -> Setup:
+    """Checks a configuration and makes the parts of its run.
+
+    Args:
+      config: the keys of configs/default.py.
+
+    Raises:
+      ConfigError: if the configuration is wrong.
+      UnsupportedError: if the implementation that it names cannot run here.
+    """
+    run = config_lib.run_config(config)
+    mesh = parallel.data_mesh()
+    config_lib.check_devices(run, mesh.size)
+    model = Transformer(run.model)
+    transformation = optimizer.make_optimizer(run.optimizer, run.steps)
+    make_state, abstract_state = steps.init_state(
+        model, transformation, seeds.stream_key(run.seed, "parameters"), mesh
+    )
+    train_step = steps.make_train_step(
+        model,
+        transformation,
+        optimizer.learning_rate_schedule(run.optimizer, run.steps),
+        accumulate=run.optimizer.accumulate,
+        dropout_key=seeds.stream_key(run.seed, "dropout"),
+        mesh=mesh,
+    )
+    eval_step = steps.make_eval_step(model, mesh)
+    return Setup(run, mesh, model, make_state, abstract_state, train_step, eval_step)
+
+
+def parameter_count(params: Any) -> int:
+    """Returns the number of parameters of a tree of arrays or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,144 @@
+"""The transformer: options change cost, not results; what it refuses."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import NSAConfig
+from nsa_jax.model import Transformer, TransformerConfig, layer_intermediates
+
+CONFIG = TransformerConfig(
+    vocab_size=50,
+    num_layers=2,
+    model_dim=24,
+    mlp_dim=40,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    nsa=NSAConfig(4, 2, 8, 4, window_size=8, compression_width=16),
+    implementation="xla",
+)
+TOKENS = jax.random.randint(jax.random.key(0), (2, 40), 0, 50)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def initialised(config):
+    return Transformer(config).init(jax.random.key(1), TOKENS)["params"]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def logits_and_intermediates(config, params):
+    return Transformer(config).apply({"params": params}, TOKENS, mutable=["intermediates"])
+
+
+def stack_layers(params, num_layers):
+    """Parameters of layers_0, layers_1, ... in the layout of a scanned model."""
+    layers = [params[f"layers_{i}"] for i in range(num_layers)]
+    rest = {k: v for k, v in params.items() if not k.startswith("layers_")}
+    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+
+
+def loss_and_gradients(config, params):
+    @jax.jit
+    def run(params):
+        def loss(params):
+            logits = Transformer(config).apply({"params": params}, TOKENS)
+            return (logits**2).mean()
+
+        return jax.value_and_grad(loss)(params)
+
+    return run(params)
+
+
+def test_scan_and_remat_change_no_result():
+    plain = initialised(CONFIG)
+    stacked = stack_layers(plain, 2)
+    expected, gradients = loss_and_gradients(CONFIG, plain)
+    for options in ({"scan_layers": True}, {"scan_layers": True, "remat": True}):
+        config = dataclasses.replace(CONFIG, **options)
+        assert jax.tree.structure(initialised(config)) == jax.tree.structure(stacked)
+        loss, stacked_gradients = loss_and_gradients(config, stacked)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        for a, b in zip(
+            jax.tree.leaves(stacked_gradients),
+            jax.tree.leaves(stack_layers(gradients, 2)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_intermediates_of_all_layers(scan_layers):
+    config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
+    _, state = logits_and_intermediates(config, initialised(config))
+    blocks = layer_intermediates(state["intermediates"], "block_indices")
+    gates = layer_intermediates(state["intermediates"], "gates")
+    assert blocks.shape == (2, 2, 40, 1, 4)
+    assert gates.shape == (2, 2, 40, 2, 3)
+    assert not (blocks[0] == blocks[1]).all(), "layers choose for themselves"
+
+
+def test_dense_and_sparse_models_are_called_alike():
+    config = dataclasses.replace(CONFIG, attention="dense", implementation="auto")
+    logits, state = logits_and_intermediates(config, initialised(config))
+    assert logits.shape == (2, 40, 50)
+    assert logits.dtype == jnp.float32
+    assert not state.get("intermediates"), "a dense layer has nothing to show"
+
+
+def test_tied_embeddings_share_one_matrix():
+    tied = initialised(CONFIG)
+    untied = initialised(dataclasses.replace(CONFIG, tie_embeddings=False))
+    assert "logits" not in tied
+    assert untied["logits"]["kernel"].shape == (24, 50)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_dropout_is_seeded_and_only_in_training(scan_layers):
+    config = dataclasses.replace(CONFIG, dropout=0.5, scan_layers=scan_layers)
+    model, params = Transformer(config), {"params": initialised(config)}
+
+    @jax.jit
+    def train(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply(params, TOKENS, deterministic=False, rngs=rngs)
+
+    np.testing.assert_array_equal(train(0), train(0))
+    assert bool((train(0) != train(1)).any())
+    assert bool((train(0) != model.apply(params, TOKENS)).any())
+
+
+def test_bfloat16_model_has_float32_parameters_and_logits():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    params = initialised(config)
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    logits, _ = logits_and_intermediates(config, params)
+    assert logits.dtype == jnp.float32
+    exact, _ = logits_and_intermediates(CONFIG, params)
+    # Logits of order 1 after two layers in bf16; a few near-ties choose another block.
+    assert jnp.median(jnp.abs(logits - exact)) < 3e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=2"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"attention": "full"}, "attention='full' must be one of .*nsa.*dense"),
+        ({"dtype": "float16"}, "dtype='float16' must be one of"),
+        ({"implementation": "cuda"}, "implementation='cuda' must be one of"),
+        ({"attention": "dense"}, "implementation='triton' must be one of .*cudnn"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+        ({"v_head_dim": 0}, "v_head_dim=0 must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    if change == {"attention": "dense"}:
+        change = {"attention": "dense", "implementation": "triton"}
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
