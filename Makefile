@@ -8,6 +8,9 @@ PYTHON ?=
 CONFIG ?= configs/tiny_cpu.py
 WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 WORKERS ?= 2
+# LLVM's optimisations would take a third of the tests' time, most of which is compilation.
+PYTEST = -m pytest -n $(WORKERS) $(ARGS)
+FAST_COMPILE = XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS"
 PIP = -m pip install --quiet --disable-pip-version-check
 
 # A name on the path is no proof of a working interpreter (version managers leave stubs), so each
@@ -37,12 +40,12 @@ train: $(VENV)/ready
 	$(VENV)/bin/nsa-train --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	$(FAST_COMPILE) $(VENV)/bin/python $(PYTEST)
 
 # Resolves anew at each run: what is newest changes.
 test-latest: $(LATEST)/ready
 	@$(LATEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]'
-	$(LATEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	$(FAST_COMPILE) $(LATEST)/bin/python $(PYTEST)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -4,9 +4,18 @@ Imports no JAX, so that a configuration can be read, checked and explained anywh
 """
 
 import dataclasses
+import numbers
 
 COMPRESSIONS = ("mlp", "linear", "mean")
 COMPRESSED_ROPES = ("after", "before", "none")
+
+
+def check_integer(name: str, value: int, minimum: int) -> None:
+    """Raises ValueError unless `value` is an integer of at least `minimum`; names both."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be an integer")
+    if value < minimum:
+        raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +78,7 @@ class NSAConfig:
             "gate_width": 0,
         }
         for name, minimum in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} must be an integer")
-            if value < minimum:
-                raise ValueError(f"{name}={value} must be at least {minimum}")
+            check_integer(name, getattr(self, name), minimum)
         for name, allowed in {
             "key_compression": COMPRESSIONS,
             "value_compression": COMPRESSIONS,

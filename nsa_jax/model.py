@@ -1,13 +1,15 @@
 """A small decoder-only transformer whose attention is sparse (NSA) or dense."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from nsa_jax.config import NSAConfig
-from nsa_jax.modules import DENSE_IMPLEMENTATIONS, DenseAttention, NativeSparseAttention
-from nsa_jax.ops.dispatch import IMPLEMENTATIONS
+from nsa_jax.config import NSAConfig, check_integer
+from nsa_jax.modules import DenseAttention, NativeSparseAttention
+from nsa_jax.ops import dense, dispatch
 from nsa_jax.typing import Array, Float, Int
 
 DTYPES = ("float32", "bfloat16")
@@ -36,7 +38,7 @@ class TransformerConfig:
       scan_layers: compile one block and scan over the layers' stacked parameters.
       dtype: of the computation, "float32" or "bfloat16"; logits and softmax are float32 always.
       param_dtype: of the parameters.
-      implementation: for "nsa" see `nsa_jax.ops.dispatch`; for "dense" "auto", "cudnn" or "xla".
+      implementation: for "nsa" see `nsa_jax.ops.dispatch`; for "dense" `nsa_jax.ops.dense`.
 
     Raises:
       ValueError: if a value is out of range; the message names it and what is allowed.
@@ -65,12 +67,11 @@ class TransformerConfig:
     def __post_init__(self):
         sizes = ("vocab_size", "num_layers", "model_dim", "mlp_dim", "num_heads", "num_kv_heads")
         for name in (*sizes, "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.v_head_dim is not None and self.v_head_dim < 1:
-            raise ValueError(
-                f"v_head_dim={self.v_head_dim} must be at least 1, or None for head_dim"
-            )
+            check_integer(name, getattr(self, name), 1)
+        if self.v_head_dim is not None:
+            check_integer("v_head_dim", self.v_head_dim, 1)
+        if not isinstance(self.nsa, NSAConfig):
+            raise ValueError(f"nsa={self.nsa!r} must be an NSAConfig")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
         if self.num_heads % self.num_kv_heads:
@@ -81,12 +82,12 @@ class TransformerConfig:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta={self.rope_theta} must be positive")
-        implementations = DENSE_IMPLEMENTATIONS if self.attention == "dense" else IMPLEMENTATIONS
+        operations = dense if self.attention == "dense" else dispatch
         for name, allowed in {
             "attention": ("nsa", "dense"),
             "dtype": DTYPES,
             "param_dtype": DTYPES,
-            "implementation": implementations,
+            "implementation": operations.IMPLEMENTATIONS,
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
@@ -183,16 +184,19 @@ class Transformer(nn.Module):
             for layer in range(config.num_layers):
                 x, _ = block(config, deterministic, name=f"layers_{layer}")(x, document_starts)
         x = _rms_norm(config, "final_norm")(x)
+        # Products in the compute dtype, summed and kept in float32.
         if config.tie_embeddings:
-            return embed.attend(x).astype(jnp.float32)
+            table = embed.embedding.astype(x.dtype)
+            return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
         logits = nn.Dense(
             config.vocab_size,
             use_bias=False,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
+            dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
             name="logits",
         )
-        return logits(x).astype(jnp.float32)
+        return logits(x)
 
 
 def _rms_norm(config, name):

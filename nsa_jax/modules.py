@@ -5,16 +5,15 @@ other.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from nsa_jax.config import NSAConfig
 from nsa_jax.ops import compression
 from nsa_jax.ops.attention import native_sparse_attention
+from nsa_jax.ops.branches import check_positions
+from nsa_jax.ops.dense import dense_attention
 from nsa_jax.rotary import apply_rope
 from nsa_jax.typing import Array, Float, Int
-
-DENSE_IMPLEMENTATIONS = ("auto", "cudnn", "xla")
 
 
 class Compression(nn.Module):
@@ -193,8 +192,7 @@ class DenseAttention(nn.Module):
       output_gate: multiplies each head's output by a sigmoid of the layer's input, as a control
         for the gates of `NativeSparseAttention`.
       rope_theta: base of the rotary embeddings' wavelengths.
-      implementation: of `jax.nn.dot_product_attention`, "cudnn" or "xla"; "auto" takes cuDNN on
-        GPUs for bfloat16 and float16.
+      implementation: see `nsa_jax.ops.dense`.
       dtype: of the computation; by default what inputs and parameters promote to.
       param_dtype: of the parameters.
     """
@@ -220,28 +218,13 @@ class DenseAttention(nn.Module):
         k = heads.project("key", self.num_kv_heads, self.head_dim)(x)
         v = heads.project("value", self.num_kv_heads, heads.v_head_dim)(x)
         q, k = (apply_rope(a, positions, theta=self.rope_theta) for a in (q, k))
-        out = self._attend(q, k, v, document_starts)
+        out = dense_attention(
+            q, k, v, document_starts=document_starts, implementation=self.implementation
+        )
         if self.output_gate:
             gate = nn.DenseGeneral(self.num_heads, name="output_gate", **heads.dtypes)(x)
             out = out * nn.sigmoid(gate.astype(jnp.float32))[..., None].astype(out.dtype)
         return heads.output(x.shape[-1])(out)
-
-    def _attend(self, q, k, v, document_starts):
-        implementation = self.implementation
-        if implementation == "auto":
-            on_gpu = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-            implementation = "cudnn" if on_gpu else "xla"
-        # dot_product_attention wants equal sizes: zeros add nothing to a score or to a value.
-        size, v_head_dim = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-        scale = q.shape[-1] ** -0.5
-        q, k, v = (jnp.pad(a, [(0, 0)] * 3 + [(0, size - a.shape[-1])]) for a in (q, k, v))
-        mask = None
-        if document_starts is not None:
-            mask = (jnp.arange(k.shape[1]) >= document_starts[:, :, None])[:, None]
-        out = jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, is_causal=True, implementation=implementation
-        )
-        return out[..., :v_head_dim]
 
 
 class _Heads:
@@ -266,4 +249,7 @@ class _Heads:
 def _document_positions(x, document_starts):
     """Positions within each document, so that packed documents are rotated as they are alone."""
     positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    return positions if document_starts is None else positions - document_starts
+    if document_starts is None:
+        return positions
+    check_positions("attention", "document_starts", document_starts, x.shape[:2])
+    return positions - document_starts

@@ -31,7 +31,7 @@ def load(operation: str, implementation: str) -> Kernel:
 
     Raises:
       KeyError: if the table has no such entry.
-      ImportError: if what the kernel is written in is not installed.
+      ModuleNotFoundError: if what the kernel is written in is not installed.
     """
     module_name, function_name = KERNELS[operation][implementation].split(":")
     module = importlib.import_module(module_name)

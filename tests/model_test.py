@@ -112,13 +112,16 @@ def test_dropout_is_seeded_and_only_in_training(scan_layers):
     assert bool((train(0) != model.apply(params, TOKENS)).any())
 
 
-def test_bfloat16_model_has_float32_parameters_and_logits():
-    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_bfloat16_model_has_float32_parameters_and_logits(tie_embeddings):
+    base = dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings)
+    config = dataclasses.replace(base, dtype="bfloat16")
     params = initialised(config)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     logits, _ = logits_and_intermediates(config, params)
     assert logits.dtype == jnp.float32
-    exact, _ = logits_and_intermediates(CONFIG, params)
+    assert bool((logits != logits.astype(jnp.bfloat16)).any()), "rounded on the way"
+    exact, _ = logits_and_intermediates(base, params)
     # Logits of order 1 after two layers in bf16; a few near-ties choose another block.
     assert jnp.median(jnp.abs(logits - exact)) < 3e-2
 
@@ -129,6 +132,8 @@ def test_bfloat16_model_has_float32_parameters_and_logits():
         ({"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=2"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"num_layers": 2.5}, "num_layers=2.5 must be an integer"),
+        ({"nsa": {}}, "nsa={} must be an NSAConfig"),
         ({"attention": "full"}, "attention='full' must be one of .*nsa.*dense"),
         ({"dtype": "float16"}, "dtype='float16' must be one of"),
         ({"implementation": "cuda"}, "implementation='cuda' must be one of"),

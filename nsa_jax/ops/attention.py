@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from nsa_jax.config import NSAConfig
-from nsa_jax.ops import branches
+from nsa_jax.ops import branches, compression
 from nsa_jax.typing import Array, Float, Int, KeyValue
 
 
@@ -53,8 +53,7 @@ def native_sparse_attention(
       UnsupportedError: if the implementation asked for by name cannot run this call.
     """
     q_compressed = q if q_compressed is None else q_compressed
-    if gates.shape != (*q.shape[:3], 3):
-        raise ValueError(f"gates {gates.shape} must be [B, T, N, 3] = {(*q.shape[:3], 3)}")
+    _check_branches(q, q_compressed, compressed, selected, window, gates, config)
     where = {"config": config, "scale": scale, "q_positions": q_positions}
     where |= {"implementation": implementation}
     documents = {"document_starts": document_starts}
@@ -71,7 +70,34 @@ def native_sparse_attention(
 
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     outputs = (out_compressed, out_selected, out_window)
-    out = sum(
-        gates[..., c, None].astype(dtype) * out.astype(dtype) for c, out in enumerate(outputs)
-    )
-    return out.astype(q.dtype), block_indices
+    gated = [gates[..., c, None].astype(dtype) * x.astype(dtype) for c, x in enumerate(outputs)]
+    return sum(gated).astype(q.dtype), block_indices
+
+
+def _check_branches(q, q_compressed, compressed, selected, window, gates, config):
+    """Raises ValueError unless the branches fit the queries, the gates and each other."""
+    branches.check_shapes("native_sparse_attention", q, *selected)
+    for name, (k, v) in {"compressed": compressed, "window": window}.items():
+        branches.check_shapes(f"native_sparse_attention, {name}", q, k, v)
+        sizes, expected = (k.shape[2], v.shape[3]), (selected[0].shape[2], selected[1].shape[3])
+        if sizes != expected:
+            raise ValueError(
+                f"{name} has {sizes[0]} heads and values of {sizes[1]} features, selected has "
+                f"{expected[0]} and {expected[1]}; they must agree"
+            )
+    if gates.shape != (*q.shape[:3], 3):
+        raise ValueError(f"gates {gates.shape} must be [B, T, N, 3] = {(*q.shape[:3], 3)}")
+    if q_compressed.shape != q.shape:
+        raise ValueError(f"q_compressed {q_compressed.shape} must have the shape of q {q.shape}")
+    num_tokens = selected[0].shape[1]
+    if window[0].shape[1] != num_tokens:
+        raise ValueError(
+            f"window has {window[0].shape[1]} tokens, selected has {num_tokens}; they must agree"
+        )
+    l, d = config.compress_block_size, config.compress_stride  # noqa: E741
+    expected = compression.num_compressed_blocks(num_tokens, block_size=l, stride=d)
+    if compressed[0].shape[1] != expected:
+        raise ValueError(
+            f"compressed has {compressed[0].shape[1]} blocks, but {num_tokens} tokens make "
+            f"{expected} complete blocks of {l} tokens at stride {d}"
+        )

@@ -3,16 +3,21 @@
 Each branch says which keys a query may see, an interval or a list of blocks, and hands that to one
 kernel operation. Every function here takes:
 
-    scale             multiplies the scores; 1 / sqrt(H) by default
-    q_positions       int32 [B, T], the position of each query among the keys; 0, 1, ... by default.
-                      They rise by one along a row (chunked prefill starts them at an offset).
+    scale             a Python number that multiplies the scores; 1 / sqrt(H) by default
+    q_positions       int32 [B, T], the position of each query among the keys; 0, 1, ... by default,
+                      which is right where queries and keys are of the same tokens. They rise by one
+                      along a row; a chunk of queries over the keys of all tokens so far starts at
+                      its offset.
     document_starts   int32 [B, T], for rows that hold several documents: the position at which the
                       query's document begins, a multiple of select_block_size; 0 by default
     implementation    see `nsa_jax.ops.dispatch`
 
 and raises ValueError if shapes do not fit, UnsupportedError if the implementation asked for by name
-cannot run the call. All of them work under jit, grad, vmap, remat and scan.
+cannot run the call. All of them work under jit, grad (reverse mode), vmap, remat and scan. What is
+returned as float32 is float64 for float64 inputs.
 """
+
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +102,8 @@ def select_blocks(
       int32 [B, T, K, n]: block indices in ascending order, then -1 where there is no further block.
     """
     check_shapes("select_blocks", q, k_compressed, None, q_positions, document_starts)
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"select_blocks: lse {lse.shape} must be [B, T, N] = {q.shape[:3]}")
     q, k_compressed, lse = jax.lax.stop_gradient((q, k_compressed, lse))
     sizes = _selection_sizes(config)
     if implementation == "reference":
@@ -143,11 +150,12 @@ def selected_attention(
       The outputs in q's dtype, exactly 0 where no token may be seen, and the natural logarithm of
       the softmax's denominators in float32, -inf there.
     """
-    check_shapes("selected_attention", q, k, v, q_positions, None)
-    if block_indices.ndim != 4 or block_indices.shape[:3] != (*q.shape[:2], k.shape[2]):
+    check_shapes("selected_attention", q, k, v, q_positions)
+    rows, dtype = (*q.shape[:2], k.shape[2]), block_indices.dtype
+    if block_indices.shape[:-1] != rows or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"selected_attention: block_indices {block_indices.shape} must be [B, T, K, M] with "
-            f"B, T, K = {(*q.shape[:2], k.shape[2])}"
+            f"selected_attention: block_indices {dtype}{block_indices.shape} must be integers of "
+            f"shape [B, T, K, M] with B, T, K = {rows}"
         )
     block_size = config.select_block_size
     if implementation == "reference":
@@ -167,7 +175,7 @@ def selected_attention(
         q,
         k,
         v,
-        block_indices,
+        block_indices.astype(jnp.int32),
         q_positions,
         block_size=block_size,
         scale=_scale(q, scale),
@@ -213,16 +221,20 @@ def sliding_window_attention(
     return dispatch.run("interval_attention", implementation, q, k, v, lo, hi, scale=scale)
 
 
-def check_shapes(operation, q, k, v, q_positions, document_starts) -> None:
+def check_shapes(operation, q, k, v=None, q_positions=None, document_starts=None) -> None:
     """Raises ValueError unless the arrays of one branch fit each other."""
 
     def refuse(problem):
         raise ValueError(f"{operation}: {problem}")
 
-    arrays = {"q": q, "k": k, "v": v}
+    arrays = {"q": q, "k": k} | ({} if v is None else {"v": v})
     for name, x in arrays.items():
-        if x is not None and x.ndim != 4:
+        if x.ndim != 4:
             refuse(f"{name} {x.shape} must have four dimensions: batch, position, head, feature")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            refuse(f"{name} is {x.dtype} and must be of a floating-point dtype")
+    if 0 in q.shape:
+        refuse(f"q {q.shape} must not be empty")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         refuse(f"q {q.shape} and k {k.shape} must agree in batch and head dimension")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
@@ -230,8 +242,16 @@ def check_shapes(operation, q, k, v, q_positions, document_starts) -> None:
     if v is not None and v.shape[:3] != k.shape[:3]:
         refuse(f"k {k.shape} and v {v.shape} must agree in all but the last dimension")
     for name, x in (("q_positions", q_positions), ("document_starts", document_starts)):
-        if x is not None and (x.shape != q.shape[:2] or not jnp.issubdtype(x.dtype, jnp.integer)):
-            refuse(f"{name} {x.dtype}{x.shape} must be integers of shape [B, T] = {q.shape[:2]}")
+        if x is not None:
+            check_positions(operation, name, x, q.shape[:2])
+
+
+def check_positions(operation, name, x, shape) -> None:
+    """Raises ValueError unless x holds integers of shape [B, T]."""
+    if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(
+            f"{operation}: {name} {x.dtype}{x.shape} must be integers of shape [B, T] = {shape}"
+        )
 
 
 def _positions(q, q_positions, document_starts):
@@ -244,7 +264,14 @@ def _positions(q, q_positions, document_starts):
 
 
 def _scale(q, scale):
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not isinstance(scale, numbers.Real):
+        raise ValueError(
+            f"scale must be a Python number, not {type(scale).__name__}: kernels are compiled for "
+            "it. To learn one, multiply q by it"
+        )
+    return float(scale)
 
 
 def _compressed_sizes(config):

@@ -36,9 +36,11 @@ def _load(operation: str, implementation: str) -> pallas_kernels.Kernel | str:
         return f"there is no {implementation} kernel for {operation} in this version of nsa_jax."
     try:
         return pallas_kernels.load(operation, implementation)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("pallas_kernels"):
+            raise  # a mistake of ours is no missing package
         return (
-            f"{implementation} needs a package that cannot be imported here ({error}); "
+            f"{implementation} needs a package that is not installed here ({error}); "
             "pip install 'nsa-jax[cuda13]' installs it."
         )
 

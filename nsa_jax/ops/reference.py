@@ -89,12 +89,14 @@ def compressed_attention(
     return _masked_attention(q, k, v, visible[:, :, None, :], scale)
 
 
-def overlap_weights(num_compressed, num_select, *, compress_block_size, compress_stride, l_select):
+def overlap_weights(
+    num_compressed, num_select, *, compress_block_size, compress_stride, select_block_size
+):
     """Equation 9 as a matrix [C, number of selection blocks]: shared tokens over d."""
     compressed_start = compress_stride * jnp.arange(num_compressed)[:, None]
-    select_start = l_select * jnp.arange(num_select)[None, :]
+    select_start = select_block_size * jnp.arange(num_select)[None, :]
     first = jnp.maximum(compressed_start, select_start)
-    end = jnp.minimum(compressed_start + compress_block_size, select_start + l_select)
+    end = jnp.minimum(compressed_start + compress_block_size, select_start + select_block_size)
     return jnp.maximum(end - first, 0) / compress_stride
 
 
@@ -122,7 +124,7 @@ def importance(
         num_select,
         compress_block_size=compress_block_size,
         compress_stride=compress_stride,
-        l_select=select_block_size,
+        select_block_size=select_block_size,
     )
     p_slc = jnp.einsum("btnc,cj->btnj", p_cmp, weights.astype(p_cmp.dtype), precision=_HIGHEST)
     batch, queries, heads, _ = p_slc.shape

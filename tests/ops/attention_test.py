@@ -50,16 +50,33 @@ def assert_trees_close(actual, expected, atol):
         np.testing.assert_allclose(a, b, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
+def assert_agrees_with_the_oracle(arrays, spec, **where):
+    # The same blocks for both, so that a tie broken by the last bit is no disagreement.
+    _, blocks = attend(arrays, spec, "reference", **where)
+    actual = value_and_gradients(arrays, spec, "xla", block_indices=blocks, **where)
+    expected = value_and_gradients(arrays, spec, "reference", block_indices=blocks, **where)
+    assert actual[0].shape == (*arrays["q"].shape[:3], spec.v_head_dim)
+    assert_trees_close(actual, expected, ATOL)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_xla_agrees_with_the_oracle(name):
-    spec = SMALL[name]
-    arrays = random_inputs(spec)
-    # The same blocks for both, so that a tie broken by the last bit is no disagreement.
-    _, blocks = attend(arrays, spec, "reference")
-    actual = value_and_gradients(arrays, spec, "xla", block_indices=blocks)
-    expected = value_and_gradients(arrays, spec, "reference", block_indices=blocks)
-    assert actual[0].shape == (spec.batch, spec.length, spec.num_heads, spec.v_head_dim)
-    assert_trees_close(actual, expected, ATOL)
+    assert_agrees_with_the_oracle(random_inputs(SMALL[name]), SMALL[name])
+
+
+def test_xla_agrees_with_the_oracle_on_packed_documents():
+    token = jnp.arange(RAGGED.length)
+    starts = jnp.stack([token // 48 * 48, jnp.where(token < 112, 0, 112)])  # other in each row
+    assert_agrees_with_the_oracle(random_inputs(RAGGED), RAGGED, document_starts=starts)
+
+
+def test_xla_agrees_with_the_oracle_on_queries_at_an_offset():
+    arrays = random_inputs(RAGGED)
+    chunk = {k: v[:, :45] if k in ("q", "gates") else v for k, v in arrays.items()}
+    positions = jnp.array([[30], [151]]) + jnp.arange(45)  # other in each row
+    starts = jnp.broadcast_to(jnp.array([[16], [64]]), (2, 45))
+    where = {"q_positions": positions, "document_starts": starts}
+    assert_agrees_with_the_oracle(chunk, RAGGED, **where)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -374,13 +391,25 @@ def test_lse_is_differentiable(implementation):
     ("change", "message"),
     [
         ({"gates": jnp.ones((2, 197, 4, 2))}, r"gates \(2, 197, 4, 2\) must be"),
-        ({"q": jnp.ones((2, 197, 3, 16)), "gates": jnp.ones((2, 197, 3, 3))}, "must divide the 3"),
-        ({"q": jnp.ones((2, 197, 64)), "gates": jnp.ones((2, 197, 64, 3))}, "four dimensions"),
+        ({"q": jnp.ones((2, 197, 3, 16))}, "must divide the 3"),
+        ({"q": jnp.ones((2, 0, 4, 16))}, r"q \(2, 0, 4, 16\) must not be empty"),
+        ({"q": jnp.ones((2, 197, 64))}, r"q \(2, 197, 64\) must have four dimensions"),
+        ({"q": jnp.ones((2, 197, 4, 16), jnp.int32)}, "q is int32 and must be of a floating"),
+        ({"q_compressed": jnp.ones((2, 196, 4, 16))}, "q_compressed .* must have the shape of q"),
+        ({"compressed": (jnp.ones((2, 40, 2, 16)),) * 2}, "40 blocks, but 197 tokens make 48"),
+        ({"compressed": (jnp.ones((2, 48, 1, 16)),) * 2}, "compressed has 1 heads .* agree"),
+        (
+            {"window": (jnp.ones((2, 197, 2, 16)), jnp.ones((2, 197, 2, 1)))},
+            "values of 1 features, selected has 2 and 16",
+        ),
+        ({"window": (jnp.ones((2, 90, 2, 16)),) * 2}, "window has 90 tokens, selected has 197"),
+        ({"block_indices": jnp.ones((2, 197, 2, 3))}, "block_indices float32.* must be integers"),
+        ({"scale": jnp.float32(1.0)}, "scale must be a Python number"),
         (
             {"selected": (jnp.ones((2, 197, 2, 16)), jnp.ones((2, 190, 2, 16)))},
-            r"selected_attention: k .* and v .* must agree",
+            r"k .* and v .* must agree",
         ),
-        ({"window": (jnp.ones((2, 197, 2, 8)),) * 2}, "sliding_window_attention: .* head dim"),
+        ({"window": (jnp.ones((2, 197, 2, 8)),) * 2}, "window: .* head dim"),
         (
             {"block_indices": jnp.ones((2, 197, 4, 3), jnp.int32)},
             r"block_indices .* \[B, T, K, M\]",
@@ -392,4 +421,9 @@ def test_lse_is_differentiable(implementation):
 def test_shapes_that_do_not_fit_are_refused(change, message):
     arrays = random_inputs(RAGGED) | change
     with pytest.raises(ValueError, match=message):
-        attend(arrays, RAGGED, "xla")
+        native_sparse_attention(**arrays, config=RAGGED.nsa, implementation="xla")
+
+
+def test_one_token():
+    spec = ArgSpec(2, 1, 4, 2, 16, 16, RAGGED.nsa)
+    assert_agrees_with_the_oracle(random_inputs(spec), spec)

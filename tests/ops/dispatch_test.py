@@ -74,12 +74,17 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch):
     window(8, "auto")
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
-def test_unknown_names_are_refused_with_the_known_ones(implementation):
+def test_unknown_names_are_refused_with_the_known_ones():
     arrays = random_inputs(SMALL["even"])
     with pytest.raises(ValueError, match=r"'cuda' must be one of .*'auto'.*'reference'"):
         nsa_jax.native_sparse_attention(**arrays, config=SMALL["even"].nsa, implementation="cuda")
-    assert dispatch.check_name(implementation) is None
+
+
+def test_a_mistake_in_a_kernel_module_is_no_missing_package(monkeypatch):
+    table = pallas_kernels.KERNELS["interval_attention"]
+    monkeypatch.setitem(table, "triton", "pallas_kernels.not_there:kernel")
+    with pytest.raises(ModuleNotFoundError, match=r"pallas_kernels\.not_there"):
+        window(8, "auto")
 
 
 def test_explain_says_what_was_chosen_and_why():

@@ -11,8 +11,8 @@ from nsa_jax.ops import reference, selection
 from tests.arg_specs import ArgSpec, random_inputs
 
 # Drawing the same examples at each run keeps a failure where it was found.
-FEW = hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
-MANY = hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+FEW = hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
+MANY = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -39,6 +39,7 @@ def test_equation_9_counts_tokens(nsa, num_compressed):
     sizes = {"compress_block_size": l, "compress_stride": d, "select_block_size": l_select}
     num_blocks = selection.num_select_blocks(num_compressed, **sizes)
     actual = selection.importance(np.eye(num_compressed), num_blocks=num_blocks, **sizes)
+    actual = np.asarray(actual)
     for i in range(num_compressed):
         for j in range(num_blocks):
             tokens = set(range(i * d, i * d + l)) & set(range(j * l_select, (j + 1) * l_select))

@@ -47,7 +47,9 @@ def test_equation_9_by_hand(geometry, num_select):
         each_block_alone, num_blocks=num_select, select_block_size=l_select, **sizes
     )
     np.testing.assert_array_equal(actual, expected)
-    oracle = reference.overlap_weights(num_compressed, num_select, l_select=l_select, **sizes)
+    oracle = reference.overlap_weights(
+        num_compressed, num_select, select_block_size=l_select, **sizes
+    )
     np.testing.assert_array_equal(oracle, expected)
 
 

@@ -1,6 +1,10 @@
 """The XLA kernel operations beyond what the branches ask of them, and their memory."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +109,42 @@ def test_memory_is_linear_in_the_length():
         assert longer <= 2.2 * shorter, sizes
     # One [T, T] array of float32 for one of the 16 heads would be 4 GiB at the longest.
     assert sizes[-1] < 32768**2 * 4
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+from nsa_jax import native_sparse_attention
+from tests.arg_specs import SMALL, random_inputs
+
+spec = SMALL["ragged"]
+arrays = random_inputs(spec)
+
+def gradients(arrays):
+    def loss(arrays):
+        out, _ = native_sparse_attention(**arrays, config=spec.nsa, implementation="xla")
+        return (out**2).sum()
+    return jax.grad(loss)(arrays)
+
+mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+sharded = jax.shard_map(gradients, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))
+expected = jax.jit(gradients)(arrays)
+placed = jax.device_put(arrays, jax.NamedSharding(mesh, P("batch")))
+for run in (jax.jit(sharded), jax.jit(gradients)):
+    for a, b in zip(jax.tree.leaves(run(placed)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+"""
+
+
+def test_two_devices_agree_with_one():
+    """A batch over two devices, by shard_map and by the compiler's own partitioning."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr

@@ -58,7 +58,8 @@ def select_blocks(
     )
     k_compressed = jnp.moveaxis(k_compressed, 2, 1)
     groups = k_compressed.shape[1]
-    size = min(max(SCORES_BUDGET // (batch * heads * max(num_compressed, 1)), 1), num_queries)
+    size = SCORES_BUDGET // max(batch * heads * num_compressed, 1)
+    size = max(min(size, num_queries), 1)
 
     def chunk(xs):
         q, lse, q_positions, document_starts = xs

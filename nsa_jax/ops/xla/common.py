@@ -42,6 +42,16 @@ def ungroup_heads(x: Array) -> Array:
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
+def filled_rows(x: Array, value: float, width: int | None = None) -> Array:
+    """Accumulators [..., width], or [...] without width, for the rows [..., H] of x.
+
+    They are made from x, and not from its shape, so that inside shard_map they vary over the same
+    mesh axes: a loop wants its carry to come out as it went in.
+    """
+    rows = jnp.full_like(x[..., 0], value, accumulation_dtype(x))
+    return rows if width is None else jnp.repeat(rows[..., None], width, axis=-1)
+
+
 def pad_axis(x: Array, axis: int, multiple: int) -> Array:
     """Pads an axis with zeros at its end to a multiple, and to one at least."""
     size = max(-(-x.shape[axis] // multiple), 1) * multiple
@@ -78,6 +88,7 @@ def log_sum_exp(maximum: Array, total: Array) -> Array:
 def keep_seen(x: Array, seen: Array) -> Array:
     """Zeroes rows of keys or values that no query of the tile may see.
 
-    A masked probability is 0, but 0 times a NaN in memory that nobody may read is a NaN.
+    A masked probability is 0, but 0 times a NaN in memory that nobody may read is a NaN. (A NaN in
+    a value that some query of the tile sees still reaches the others of that tile.)
     """
     return jnp.where(seen[..., None], x, 0)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from nsa_jax.ops.xla.common import (
     accumulation_dtype,
     dot,
+    filled_rows,
     group_heads,
     join_axis,
     keep_seen,
@@ -93,7 +94,6 @@ def _load(k, v, lo, hi, tile, size):
 
 
 def _forward(q, k, v, lo, hi, scale):
-    dtype = accumulation_dtype(q)
     keys, size = _key_tiles(k)
     values, _ = _key_tiles(v)
 
@@ -110,12 +110,7 @@ def _forward(q, k, v, lo, hi, scale):
             out = out * decay[..., None] + dot("bktgs,bksv->bktgv", p.astype(v.dtype), v)
             return new_maximum, total * decay + p.sum(axis=-1), out
 
-        rows = q.shape[:-1]
-        start = (
-            jnp.full(rows, -jnp.inf, dtype),
-            jnp.zeros(rows, dtype),
-            jnp.zeros((*rows, v.shape[-1]), dtype),
-        )
+        start = filled_rows(q, -jnp.inf), filled_rows(q, 0), filled_rows(q, 0, v.shape[-1])
         maximum, total, out = jax.lax.fori_loop(*_tile_range(lo, hi, size), step, start)
         out = out / jnp.where(total > 0, total, 1.0)[..., None]
         return None, (out.astype(q.dtype), log_sum_exp(maximum, total))
@@ -151,12 +146,12 @@ def _backward(scale, residuals, gradients):
             dv = _add_tile(dv, sum_over_queries(p.astype(d_out.dtype), d_out), index * size)
             return dq, dk, dv
 
-        dq = jnp.zeros(q.shape, dtype)
+        dq = jnp.zeros_like(q, dtype)
         dq, *carry = jax.lax.fori_loop(*_tile_range(lo, hi, size), step, (dq, *carry))
         return carry, dq.astype(q.dtype)
 
     tiles = _query_tiles([q, d_out, lse, delta], lo, hi, num_keys, num_kv_heads)
-    start = [jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype)]
+    start = [jnp.zeros_like(keys, dtype), jnp.zeros_like(values, dtype)]
     (dk, dv), dq = jax.lax.scan(query_tile, start, tiles)
     dq = _join_queries(dq, num_queries)
     dk = jnp.moveaxis(dk[:, :, :num_keys], 1, 2).astype(k.dtype)

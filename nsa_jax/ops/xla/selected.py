@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from nsa_jax.ops.xla.common import (
     accumulation_dtype,
     dot,
+    filled_rows,
     group_heads,
     join_axis,
     keep_seen,
@@ -110,7 +111,7 @@ def _block_mask(q_positions, queries, count, index, block, block_size, num_keys)
 def _tile_size(block_indices, block_size):
     """Half the queries that the average block has: full tiles for most, few steps for each."""
     _, num_queries, _, num_selected = block_indices.shape
-    return min(max(num_selected * block_size // 2, 1), num_queries)
+    return max(min(num_selected * block_size // 2, num_queries), 1)
 
 
 def _num_tiles(count, size):
@@ -129,7 +130,6 @@ def _setup(k, v, block_indices, q_positions, block_size):
 
 
 def _forward(q, k, v, block_indices, q_positions, block_size, scale):
-    dtype = accumulation_dtype(q)
     num_queries, num_keys = q.shape[1], k.shape[1]
     size = _tile_size(block_indices, block_size)
     index, positions, blocks = _setup(k, v, block_indices, q_positions, block_size)
@@ -154,12 +154,8 @@ def _forward(q, k, v, block_indices, q_positions, block_size, scale):
 
         return jax.lax.fori_loop(0, _num_tiles(count, size), step, carry), None
 
-    rows = q_rows.shape[:-1]
-    start = (
-        jnp.full(rows, -jnp.inf, dtype),
-        jnp.zeros(rows, dtype),
-        jnp.zeros((*rows, v.shape[-1]), dtype),
-    )
+    width = v.shape[-1]
+    start = filled_rows(q_rows, -jnp.inf), filled_rows(q_rows, 0), filled_rows(q_rows, 0, width)
     (maximum, total, out), _ = jax.lax.scan(key_block, start, blocks)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     out = ungroup_heads(out.astype(q.dtype))
@@ -197,11 +193,11 @@ def _backward(block_size, scale, residuals, gradients):
             dv += sum_over_queries(p.astype(d_out.dtype), d_out)
             return dq, dk, dv
 
-        carry = dq, jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
+        carry = dq, jnp.zeros_like(k, dtype), jnp.zeros_like(v, dtype)
         dq, dk, dv = jax.lax.fori_loop(0, _num_tiles(count, size), step, carry)
         return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
-    dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros(rows[0].shape, dtype), blocks)
+    dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros_like(rows[0], dtype), blocks)
     dq = ungroup_heads(dq.astype(q.dtype))
     dk, dv = (jnp.moveaxis(join_axis(x, 2, num_keys), 1, 2) for x in (dk, dv))
     return dq, dk, dv, None, None

@@ -1,0 +1,1 @@
+"""What measures nsa_jax and reproduces the paper; nothing imports this room."""

@@ -1,0 +1,101 @@
+"""Full causal attention with grouped queries, the baseline: jax.nn.dot_product_attention.
+
+"cudnn"  cuDNN's FlashAttention, on NVIDIA GPUs since Ampere
+"xla"    portable, with an array of T x T scores a head
+"auto"   cudnn where it can run, else xla
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax.ops.branches import check_shapes
+from nsa_jax.ops.dispatch import UnsupportedError
+from nsa_jax.typing import Array, Float, Int
+
+IMPLEMENTATIONS = ("auto", "cudnn", "xla")
+_CUDNN_DTYPES = ("bfloat16", "float16")
+
+
+def dense_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
+    *,
+    document_starts: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T N V"]:
+    """Attention of each query over all tokens of its document up to itself (equations 1 and 2).
+
+    Args:
+      q: queries.
+      k: keys; K divides N.
+      v: values.
+      document_starts: int32, for rows that hold several documents, the position at which each
+        query's document begins; 0 by default. Builds a [B, T, T] mask.
+      implementation: one of `IMPLEMENTATIONS`.
+
+    Raises:
+      ValueError: if shapes do not fit each other or there is no such implementation.
+      UnsupportedError: if the implementation asked for by name cannot run this call.
+    """
+    check_shapes("dense_attention", q, k, v, None, document_starts)
+    # dot_product_attention wants equal sizes: zeros add nothing to a score or to a value.
+    size, v_head_dim = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    masked = document_starts is not None
+    name = resolve(implementation, q.dtype, size, odd_mask=masked and bool(q.shape[1] % 2))
+    scale = q.shape[-1] ** -0.5
+    q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])]) for x in (q, k, v))
+    mask = None
+    if masked:
+        mask = (jnp.arange(k.shape[1]) >= document_starts[:, :, None])[:, None]
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=True, implementation=name
+    )
+    return out[..., :v_head_dim]
+
+
+def resolve(implementation: str, dtype, head_dim: int, *, odd_mask: bool = False) -> str:
+    """The name of the implementation that runs such a call: "cudnn" or "xla".
+
+    Args:
+      implementation: one of `IMPLEMENTATIONS`.
+      dtype: of the queries.
+      head_dim: the larger one of queries and values.
+      odd_mask: whether documents are packed into rows of an odd number of tokens.
+
+    Raises:
+      ValueError: if there is no implementation of that name.
+      UnsupportedError: if "cudnn" was asked for by name and cannot run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
+    if implementation == "xla":
+        return "xla"
+    refusal = cudnn_refusal(dtype, head_dim, odd_mask=odd_mask)
+    if refusal and implementation == "cudnn":
+        raise UnsupportedError(f"implementation='cudnn': {refusal}")
+    return "xla" if refusal else "cudnn"
+
+
+def explain(implementation: str, dtype, head_dim: int) -> dict[str, dict]:
+    """As `nsa_jax.ops.dispatch.explain`, for the one operation of dense attention."""
+    chosen = resolve(implementation, dtype, head_dim)
+    tried = implementation == "auto" and chosen == "xla"
+    refused = {"cudnn": cudnn_refusal(dtype, head_dim)} if tried else {}
+    return {"dense_attention": {"chosen": chosen, "refused": refused}}
+
+
+def cudnn_refusal(dtype, head_dim: int, *, odd_mask: bool = False) -> str | None:
+    """Why cuDNN cannot run such a call here, forward and backward, or None."""
+    device = jax.devices()[0]
+    capability = float(getattr(device, "compute_capability", 0))
+    if device.platform != "gpu" or capability < 8:
+        return f"cuDNN needs an NVIDIA GPU since Ampere, and JAX runs on {device.device_kind} here."
+    if jnp.dtype(dtype).name not in _CUDNN_DTYPES:
+        return f"cuDNN takes {' and '.join(_CUDNN_DTYPES)}, not {jnp.dtype(dtype).name}."
+    largest = 256 if capability >= 9 else 128
+    if head_dim % 8 or head_dim > largest:
+        return f"cuDNN takes multiples of 8 up to {largest} features a head, not {head_dim}."
+    if odd_mask:
+        return "cuDNN takes packed documents in rows of an even number of tokens alone."
+    return None
