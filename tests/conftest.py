@@ -1,7 +1,11 @@
-"""What all tests share: the `gpu` marker."""
+"""What all tests share: full float32 products, and the `gpu` marker."""
 
 import jax
 import pytest
+
+# On GPUs JAX multiplies float32 matrices in tf32 by default, Flax's projections and the dense
+# baseline among them: too coarse to compare with.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_addoption(parser):

@@ -185,7 +185,8 @@ def test_minus_one_stands_for_no_block_in_any_place(implementation):
     expected, _ = run(last)
     for row in ([last, none, none], [none, none, last], [none, last]):
         out, _ = run(jnp.concatenate(row, axis=-1))
-        np.testing.assert_array_equal(out, expected)
+        # Not to the bit: rows of another length are another program.
+        np.testing.assert_allclose(out, expected, atol=1e-6)
     out, lse = run(jnp.concatenate([none, none], axis=-1))
     assert (out == 0).all()
     assert np.isneginf(lse).all()
