@@ -42,6 +42,9 @@ class _UsageError(Exception):
 
 def run() -> None:
     """Runs the command line and exits: the console script `nsa-train`."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by the shell
+            stream.reconfigure(errors="backslashreplace")  # a sample has any character
     # As `python -m` does: config files import what they build on from the current folder.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -53,6 +56,8 @@ def run() -> None:
         app.run(_main, flags_parser=_parse)
     except _UsageError as error:
         _leave(str(error), 2)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -71,7 +76,7 @@ def _parse(argv: list[str]) -> list[str]:
             raise _UsageError(
                 "--config is missing: name a config file, for instance --config=configs/tiny_cpu.py"
             )
-        if _WORKDIR.value is None and not _DRY_RUN.value:
+        if not _WORKDIR.value and not _DRY_RUN.value:
             raise _UsageError(
                 "--workdir is missing: name the run's own folder, for instance --workdir=runs/tiny"
             )
@@ -89,6 +94,8 @@ def _parse(argv: list[str]) -> list[str]:
 def _explain(error: Exception, argv: list[str]) -> str:
     """Returns the sentence for what went wrong between the command line and the config file."""
     path = _config_path(argv)
+    if path is not None and os.path.isdir(path):
+        return f"--config={path}: it is a folder; name a config file in it"
     if path is not None and not os.path.isfile(path):
         return f"--config={path}: there is no such file"
     if path is not None and not isinstance(error, flags.Error):
@@ -169,12 +176,14 @@ def _main(_: list[str]) -> int | None:
         _leave(str(error), 1)
     except RunInterrupted as error:
         _leave(str(error), error.status)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
 
 
 def _integer(variable: str) -> int | None:
-    return int(os.environ[variable]) if variable in os.environ else None
+    value = os.environ.get(variable)
+    try:
+        return None if value is None else int(value)
+    except ValueError:
+        raise _UsageError(f"{variable}={value!r} in the environment must be an integer") from None
 
 
 def _leave(message: str, status: int) -> None:

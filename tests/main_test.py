@@ -93,6 +93,8 @@ def test_dry_run_needs_no_workdir():
     [
         ((), "--config is missing"),
         ((TINY,), "--workdir is missing"),
+        ((TINY, "--workdir="), "--workdir is missing"),
+        (("--config=configs/", "--dry_run"), "--config=configs/: it is a folder"),
         ((TINY, "--workdri=x"), "Did you mean: workdir"),
         ((TINY, "--dry_run", "word"), "what is 'word'?"),
         (("--config=absent.py", "--dry_run"), "--config=absent.py: there is no such file"),
@@ -148,6 +150,35 @@ def test_mistakes_in_a_config_file_name_the_file(tmp_path, body, expected):
     assert str(path) in done.stderr
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_number_of_processes_that_is_none_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    done = _run(TINY, "--dry_run")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "nsa-train: JAX_NUM_PROCESSES='two' in the environment must be an integer\n"
+    )
+
+
+def test_ctrl_c_before_the_run_has_started_ends_with_130(tmp_path):
+    (tmp_path / "interrupting.py").write_text(
+        "import os, signal\n"
+        "from configs import tiny_cpu\n"
+        "def get_config():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return tiny_cpu.get_config()\n"
+    )
+    done = _run(f"--config={tmp_path / 'interrupting.py'}", "--dry_run")
+    assert (done.returncode, done.stderr) == (130, "nsa-train: interrupted\n")
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_an_escape(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = _run(f"--config={tmp_path}/\N{LATIN SMALL LETTER E WITH ACUTE}.py", "--dry_run")
+    assert done.returncode == 2
+    assert r"\xe9.py: there is no such file" in done.stderr
 
 
 def test_an_implementation_that_cannot_run_here_is_refused_with_its_reason():

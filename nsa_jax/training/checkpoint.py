@@ -21,6 +21,9 @@ from jax.experimental import multihost_utils
 from nsa_jax.training.errors import CheckpointError, NonFiniteError
 from nsa_jax.training.quiet import quiet_storage
 
+# Orbax's own name for a checkpoint while it is being written.
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -109,7 +112,7 @@ class Checkpoints:
                 f"none of the checkpoints is usable:{listed}\nNothing was changed. Restore one "
                 "from a copy, or start again from the beginning in another workdir."
             )
-        unfinished = [path for path in self._directory.glob("*") if not path.name.isdecimal()]
+        unfinished = list(self._directory.glob(_UNFINISHED))
         _all_processes("checkpoints looked at")
         moved = {path: f"is not usable ({why})" for path, why in broken.items()}
         moved |= dict.fromkeys(unfinished, "was never finished")
@@ -257,4 +260,4 @@ def _set_aside(path: Path, why: str) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:80]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__

@@ -65,7 +65,8 @@ def run_config(config: ConfigDict | Mapping) -> RunConfig:
 
     Raises:
       ConfigError: names every unknown key with the nearest right one, every missing key, every
-        value of a wrong type or out of range, and values that do not fit each other.
+        value of a wrong type, the first value of each section that is out of range, and values
+        that do not fit each other.
     """
     scalars = {
         field.name: field.type
@@ -90,7 +91,8 @@ def run_config(config: ConfigDict | Mapping) -> RunConfig:
     )
     built = {name: reader.build(kind, name) for name, kind in plain.items()}
     nsa = reader.build(NSAConfig, "nsa")
-    derived = {"vocab_size": VOCAB_SIZE, "nsa": nsa}
+    # A wrong nsa section has been noted; the model's own problems are looked for all the same.
+    derived = {"vocab_size": VOCAB_SIZE, "nsa": nsa or NSAConfig()}
     if "implementation" in reader.values:
         derived["implementation"] = reader.values["implementation"]
     built["model"] = reader.build(TransformerConfig, "model", **derived)

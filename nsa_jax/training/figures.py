@@ -32,7 +32,12 @@ def draw_loss(rows: list[dict[str, Any]], baseline: float | None, path: Path) ->
     """
     figure, (axes,) = _figure(7, 1)
     for kind, style in (("train", {"linewidth": 1}), ("validation", {"marker": "o"})):
-        points = [(row["step"], row["bits_per_byte"]) for row in rows if row["kind"] == kind]
+        # A run that stopped at a loss that is not finite wrote its last rows late, and a null.
+        points = sorted(
+            (row["step"], row["bits_per_byte"])
+            for row in rows
+            if row["kind"] == kind and row["bits_per_byte"] is not None
+        )
         if points:
             axes.plot(*zip(*points, strict=True), label=kind, **style)
     if baseline is not None:

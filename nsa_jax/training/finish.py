@@ -1,6 +1,6 @@
 """What stands at the end of a run: its measure beside the 3-gram's, a sample, the figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,9 @@ from nsa_jax.training.setup import Setup
 from nsa_jax.training.steps import TrainState
 from nsa_jax.training.workdir import Workdir
 
+# Counting n-grams takes some 50 bytes of memory for each byte of text.
+_NGRAM_BYTES = 64_000_000
+
 
 def finish(
     setup: Setup,
@@ -20,7 +23,11 @@ def finish(
     log: metrics.MetricsLog,
     progress: metrics.Progress,
 ) -> dict[str, Any]:
-    """Measures, samples and draws the finished model; returns what stands in run.json."""
+    """Measures, samples and draws the finished model; returns what stands in run.json.
+
+    Raises:
+      NonFiniteError: if the validation loss is infinite or NaN.
+    """
     run = setup.run
     progress.close()
     validation = steps.evaluate(setup.eval_step, state.params, pipeline.validation, setup.mesh)
@@ -30,14 +37,19 @@ def finish(
         "step": run.steps,
         "validation": validation,
         "ngram_bits_per_byte": None,
+        "ngram_training_bytes": None,
         "perfect_bits": pipeline.perfect_bits,
         "sample": None,
     }
+    place.record_result(result)  # what follows may take more memory than there is
     text = bool(pipeline.train_documents)
     if text:
+        counted = _first_bytes(pipeline.train_documents, _NGRAM_BYTES)
         result["ngram_bits_per_byte"] = ngram.interpolated_ngram_bits_per_byte(
-            pipeline.train_documents, pipeline.validation_documents
+            counted, pipeline.validation_documents
         )
+        if sum(map(len, pipeline.train_documents)) > _NGRAM_BYTES:
+            result["ngram_training_bytes"] = _NGRAM_BYTES
     if text and run.sample.length:
         key = seeds.stream_key(run.seed, "sample")
         drawn = sampling.sample(setup.model, state.params, run.sample, key)
@@ -56,11 +68,13 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     measured = result["validation"]["bits_per_byte"]
     lines = []
     if result["sample"] is not None:
-        lines += ["a sample:", *(f"  | {line}" for line in result["sample"].splitlines())]
+        lines += ["a sample:", *(f"  | {line}" for line in _shown(result["sample"]).splitlines())]
     if (ngram_bits := result["ngram_bits_per_byte"]) is not None:
+        cut = result["ngram_training_bytes"]
+        part = "" if cut is None else f", counted on the first {cut:,} bytes of the training text"
         lines.append(
             f"validation: {measured:.3f} bits per byte; an interpolated 3-gram model has "
-            f"{ngram_bits:.3f} on the same split"
+            f"{ngram_bits:.3f} on the same split{part}"
         )
     else:
         lines.append(
@@ -68,6 +82,24 @@ def summary(result: Mapping[str, Any]) -> list[str]:
             f"{result['perfect_bits']:.4f}; {result['validation']['accuracy']:.2%} right"
         )
     return lines
+
+
+def _first_bytes(documents: Sequence[bytes], limit: int) -> list[bytes]:
+    """Returns the first documents, `limit` bytes together or less; the last one may be cut."""
+    kept = []
+    for document in documents:
+        if limit <= 0:
+            break
+        kept.append(document[:limit])
+        limit -= len(document)
+    return kept
+
+
+def _shown(text: str) -> str:
+    """Returns a model's text with escapes for what a terminal might obey instead of showing."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _draw(setup, pipeline, state, place, result) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -49,12 +50,13 @@ class MetricsLog:
         Args:
           step: updates made.
           kind: "train" or "validation".
-          values: finite numbers by name.
+          values: numbers by name; those that are not finite become null.
         """
         self._written.add((step, kind))
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
@@ -67,7 +69,7 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """Returns the rows of a metrics.jsonl; what is no row, as after a crash, is left out."""
     return [row for _, row in _lines(path) if row is not None]
 
 
@@ -75,9 +77,11 @@ def _lines(path: Path) -> list[tuple[str, dict | None]]:
     parsed = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:
-            parsed.append((line, json.loads(line)))
+            row = json.loads(line)
         except ValueError:
-            parsed.append((line, None))
+            row = None
+        whole = isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row
+        parsed.append((line, row if whole else None))
     return parsed
 
 
@@ -103,18 +107,27 @@ class Progress:
     The bar goes to standard error, lines go to standard output.
     """
 
-    def __init__(self, start: int, steps: int, *, main_process: bool = True):
+    def __init__(
+        self,
+        start: int,
+        steps: int,
+        *,
+        unit: str = "bits per byte",
+        main_process: bool = True,
+    ):
         """Starts to count.
 
         Args:
           start: updates made so far.
           steps: updates of the whole run.
+          unit: what the bits are called.
           main_process: whether this process shows anything.
         """
         self._steps = steps
+        self._unit = unit
         self._shows = main_process
         self._bar = None
-        if main_process and sys.stderr.isatty():
+        if main_process and sys.stderr.isatty() and not _no_rows():
             self._bar = tqdm.tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def update(self, step: int, values: dict[str, float]) -> None:
@@ -125,7 +138,7 @@ class Progress:
           values: loss, bits_per_byte and tokens_per_second; steps_per_second for the time left.
         """
         speed = values.get("steps_per_second") or math.nan
-        shown = f"loss {values['loss']:.3f}, {values['bits_per_byte']:.3f} bits per byte"
+        shown = f"loss {values['loss']:.3f}, {values['bits_per_byte']:.3f} {self._unit}"
         if not math.isnan(speed):
             shown += f", {values['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
@@ -149,31 +162,41 @@ class Progress:
             self._bar = None
 
 
+def _no_rows() -> bool:
+    """Whether the terminal says that it has no rows, as some do; tqdm would show nothing there."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).lines == 0
+    except OSError:
+        return False
+
+
 class Clock:
     """The speed of the updates: the pauses in between, and the compilation, left out."""
 
     def __init__(self):
         self._since = None
+        self._spent = 0.0
         self._updates = 0
 
     def pause(self) -> None:
-        """Forgets the time since the last reading; the next update only starts the clock."""
-        self._since = None
+        """Leaves out the time since the last update: to be called at the end of a pause."""
+        if self._since is not None:
+            self._since = time.perf_counter()
 
     def update(self) -> None:
-        """Counts an update that has just finished."""
-        if self._since is None:
-            self._since, self._updates = time.perf_counter(), 0
-        else:
+        """Counts an update that has just finished; the first, which compiles, starts the clock."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self._spent += now - self._since
             self._updates += 1
+        self._since = now
 
     def speed(self) -> float | None:
         """Returns updates a second since the last reading, None if none was counted."""
-        if self._since is None or not self._updates:
+        if not self._updates:
             return None
-        now = time.perf_counter()
-        speed = self._updates / max(now - self._since, 1e-9)
-        self._since, self._updates = now, 0
+        speed = self._updates / max(self._spent, 1e-9)
+        self._spent, self._updates = 0.0, 0
         return speed
 
 

@@ -30,6 +30,10 @@ class SampleConfig:
             raise ValueError(f"length={self.length} must be 0 (no sample) or more")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must be 0 (most probable) or more")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt={self.prompt!r} cannot be encoded as UTF-8") from error
 
 
 def sample(model: Transformer, params: Any, config: SampleConfig, key: Array) -> bytes:

@@ -5,6 +5,7 @@ Imports no JAX: the command line needs the nearest right name before anything he
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -123,7 +124,9 @@ class Reader:
         try:
             return section_type(**given)
         except ValueError as error:
-            self.problems.append(f"{name}: {error}")
+            # A derived field is no key of this section; where it comes from, it has the same name.
+            foreign = str(error).partition("=")[0] in derived
+            self.problems.append(str(error) if foreign else f"{name}: {error}")
             return None
 
 
@@ -149,8 +152,14 @@ def _typed(value: Any, expected: Any) -> Any:
         if not isinstance(value, tuple | list):
             raise TypeError("must be a tuple")
         return tuple(_typed(item, arguments[0]) for item in value) if arguments else tuple(value)
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if expected is float and isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise TypeError("must be a finite number")
+        return number
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise TypeError(f"must be {_type_name(expected)}, not {_type_name(type(value))}")
     return value

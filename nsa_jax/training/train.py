@@ -1,14 +1,16 @@
 """The training run: start or go on, update, tell, save, and what stands at the end."""
 
+import collections
+import contextlib
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
 
-from nsa_jax.ops import dispatch
+from nsa_jax.ops import dense, dispatch
 from nsa_jax.training import (
     checkpoint,
     environment,
@@ -23,7 +25,7 @@ from nsa_jax.training import config as config_lib
 from nsa_jax.training import workdir as workdir_lib
 from nsa_jax.training.checkpoint import Checkpoints
 from nsa_jax.training.data import Pipeline, make_pipeline
-from nsa_jax.training.errors import NonFiniteError, RunError, RunInterrupted
+from nsa_jax.training.errors import CheckpointError, NonFiniteError, RunError, RunInterrupted
 from nsa_jax.training.finish import finish
 from nsa_jax.training.setup import Setup, parameter_count, prepare
 from nsa_jax.training.signals import StopRequest
@@ -31,6 +33,10 @@ from nsa_jax.training.steps import StepMetrics, TrainState
 from nsa_jax.training.workdir import Workdir
 
 _STREAMS = ("parameters", "data", "dropout", "sample")
+
+# Rows of updates between those of `log_every` that are kept in mind, to be written when a run stops
+# because something is not finite.
+_ROWS_IN_MIND = 20
 
 
 def train_and_evaluate(config: ConfigDict | Mapping, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -47,14 +53,15 @@ def train_and_evaluate(config: ConfigDict | Mapping, workdir: str | os.PathLike)
 
     Returns:
       The result, as in run.json: "step", "validation" (loss, bits_per_byte, accuracy over the whole
-      validation set), "ngram_bits_per_byte" (None for tasks), "perfect_bits" (None for texts),
-      "sample" (text or None).
+      validation set), "ngram_bits_per_byte" (None for tasks), "ngram_training_bytes" (counted for
+      it; None for all), "perfect_bits" (None for texts), "sample" (text or None).
 
     Raises:
       ConfigError: if the configuration is wrong.
       UnsupportedError: if the implementation that it names cannot run here.
-      RunError: if the data cannot be read, the workdir holds another run, no checkpoint is usable
-        or the loss is not finite; the text says what to do.
+      RunError: if the data cannot be read, the workdir cannot be written, holds another run or is
+        in use by another process, no checkpoint is usable or the loss is not finite; the text says
+        what to do.
       RunInterrupted: after SIGTERM or Ctrl-C, once the state is saved.
     """
     setup = prepare(config)
@@ -64,34 +71,57 @@ def train_and_evaluate(config: ConfigDict | Mapping, workdir: str | os.PathLike)
         pipeline.fingerprint,
         checkpoint.shapes(setup.abstract_state.params),
     )
+    try:
+        with contextlib.ExitStack() as opened:
+            return _run_in(workdir, setup, pipeline, identity, opened)
+    except OSError as error:
+        raise RunError(f"{workdir} cannot be written: {error}") from error
+
+
+def _run_in(
+    workdir: str | os.PathLike,
+    setup: Setup,
+    pipeline: Pipeline,
+    identity: dict,
+    opened: contextlib.ExitStack,
+) -> dict[str, Any]:
+    """Runs, and leaves what it opens for `opened` to close."""
     main_process = jax.process_index() == 0
     place = Workdir(workdir, identity, main_process=main_process)
+    opened.callback(place.close)
     checkpoints = Checkpoints(place.path / "checkpoints", setup.run.checkpoint.max_to_keep)
-    log = progress = None
+    opened.callback(checkpoints.close)
+    state, start, notes = _start_or_go_on(setup, checkpoints, identity, place)
+    place.record_start(_facts(setup, pipeline, start))
+    log = metrics.MetricsLog(place.path, start, main_process=main_process)
+    opened.callback(log.close)
+    progress = metrics.Progress(
+        start, setup.run.steps, unit=_unit(pipeline), main_process=main_process
+    )
+    opened.callback(progress.close)
+    notes += _introduction(setup, pipeline)
+    if log.superseded:
+        notes.append(
+            f"{log.superseded} rows of metrics.jsonl after step {start} moved to "
+            "metrics_superseded.jsonl"
+        )
+    for note in notes:
+        progress.say(note)
+    loop = _Loop(setup, pipeline, checkpoints, identity, log, progress)
+    with StopRequest() as stop:
+        state = loop.run(state, start, stop)
+        checkpoints.wait()
+        if stop.signal is not None:  # it came during the last save
+            loop.leave(setup.run.steps, stop)
+    # From here on a signal may kill the process: the same command repeats what follows.
     try:
-        state, start, notes = _start_or_go_on(setup, checkpoints, identity, place.started_before)
-        place.record_start(_facts(setup, pipeline, start))
-        log = metrics.MetricsLog(place.path, start, main_process=main_process)
-        progress = metrics.Progress(start, setup.run.steps, main_process=main_process)
-        notes += _introduction(setup, pipeline)
-        if log.superseded:
-            notes.append(
-                f"{log.superseded} rows of metrics.jsonl after step {start} moved to "
-                "metrics_superseded.jsonl"
-            )
-        for note in notes:
-            progress.say(note)
-        loop = _Loop(setup, pipeline, checkpoints, identity, log, progress)
-        with StopRequest() as stop:
-            state = loop.run(state, start, stop)
-            checkpoints.wait()
-        # From here on a signal may kill the process: the same command repeats what follows.
-        result = finish(setup, pipeline, state, place, log, progress)
-    finally:
-        for opened in (progress, log, checkpoints):
-            if opened is not None:
-                opened.close()
-    return result
+        return finish(setup, pipeline, state, place, log, progress)
+    except NonFiniteError as error:
+        loop.stop_in_validation(error, setup.run.steps)
+
+
+def _unit(pipeline: Pipeline) -> str:
+    return "bits per byte" if pipeline.train_documents else "bits a target"
 
 
 def _read_data(setup: Setup) -> Pipeline:
@@ -108,9 +138,14 @@ def _read_data(setup: Setup) -> Pipeline:
 
 
 def _start_or_go_on(
-    setup: Setup, checkpoints: Checkpoints, identity: dict, started_before: bool
+    setup: Setup, checkpoints: Checkpoints, identity: dict, place: Workdir
 ) -> tuple[TrainState, int, list[str]]:
-    """Returns the state, its step, and what there is to tell about it."""
+    """Returns the state, its step, and what there is to tell about it.
+
+    Raises:
+      CheckpointError: if no checkpoint is usable, or all are gone.
+      WorkdirError: if a checkpoint is another run's.
+    """
 
     def check(found: dict) -> None:
         workdir_lib.refuse_other_run(found, identity, "the checkpoint")
@@ -118,7 +153,11 @@ def _start_or_go_on(
     restored = checkpoints.restore(setup.abstract_state, check)
     notes = list(checkpoints.set_aside)
     if restored is None:
-        if started_before:
+        if place.had_checkpoint:
+            raise CheckpointError(
+                f"{place.path}: the checkpoints are gone; restore them or choose another workdir"
+            )
+        if place.started_before:
             notes.append("no checkpoint was written before: starting from the beginning")
         return setup.make_state(), 0, notes
     notes.append(f"going on from the checkpoint of step {restored.step} of {setup.run.steps}")
@@ -131,7 +170,8 @@ def _facts(setup: Setup, pipeline: Pipeline, start: int) -> dict[str, Any]:
     if run.model.attention == "nsa":
         implementation = dispatch.explain(run.model.implementation)
     else:
-        implementation = {"dense attention": {"chosen": run.model.implementation, "refused": {}}}
+        head_dim = max(run.model.head_dim, run.model.v_head_dim or 0)
+        implementation = dense.explain(run.model.implementation, run.model.dtype, head_dim)
     return {
         "from_step": start,
         **environment.describe(),
@@ -170,6 +210,7 @@ class _Loop:
         self._log = log
         self._progress = progress
         self._clock = metrics.Clock()
+        self._unlogged = collections.deque(maxlen=_ROWS_IN_MIND)
         self._tokens = setup.run.data.batch_size * setup.run.data.seq_len
 
     def run(self, state: TrainState, start: int, stop: StopRequest) -> TrainState:
@@ -198,7 +239,7 @@ class _Loop:
             if saving:
                 self._save(state, step)
             if stopping:
-                self._leave(step, stop)
+                self.leave(step, stop)
         return state
 
     def _tell(self, step: int, dispatched: StepMetrics) -> None:
@@ -206,23 +247,26 @@ class _Loop:
         read = jax.device_get(dispatched)
         mean = float(read.sums.nats) / float(read.sums.weight or math.nan)
         self._clock.update()
-        if not (math.isfinite(mean) and math.isfinite(read.gradient_norm)):
-            self._stop_non_finite(
-                f"at update {step} the loss is {mean:.4g} and the norm of the gradient "
-                f"{float(read.gradient_norm):.4g}, with learning rate "
-                f"{float(read.learning_rate):.3g}",
-                step,
-            )
-        if step % self._run.log_every and step != self._run.steps:
-            return
         row = {
             "loss": mean,
             "bits_per_byte": loss.bits(mean),
-            "accuracy": float(read.sums.correct) / float(read.sums.weight),
+            "accuracy": float(read.sums.correct) / float(read.sums.weight or math.nan),
             "gradient_norm": float(read.gradient_norm),
             "update_norm": float(read.update_norm),
             "learning_rate": float(read.learning_rate),
         }
+        finite = math.isfinite(mean) and math.isfinite(read.gradient_norm)
+        logged = step % self._run.log_every == 0 or step == self._run.steps
+        if not (finite and logged):
+            self._unlogged.append((step, row))
+        if not finite:
+            self._stop_in_training(
+                f"at update {step} the loss is {mean:.4g} and the norm of the gradient "
+                f"{row['gradient_norm']:.4g}, with learning rate {row['learning_rate']:.3g}",
+                step,
+            )
+        if not logged:
+            return
         if (speed := self._clock.speed()) is not None:
             row |= {"steps_per_second": speed, "tokens_per_second": speed * self._tokens}
         self._log.write(step, "train", row)
@@ -231,16 +275,19 @@ class _Loop:
     def _validate(self, state: TrainState, step: int) -> None:
         batches = self._pipeline.validation
         count = min(self._run.eval_batches or len(batches), len(batches))
-        values = steps.evaluate(
-            self._setup.eval_step,
-            state.params,
-            (batches[index] for index in range(count)),
-            self._setup.mesh,
-        )
+        try:
+            values = steps.evaluate(
+                self._setup.eval_step,
+                state.params,
+                (batches[index] for index in range(count)),
+                self._setup.mesh,
+            )
+        except NonFiniteError as error:
+            self.stop_in_validation(error, step)
         self._log.write(step, "validation", values)
         part = "" if count == len(batches) else f" on {count} of {len(batches)} batches"
         self._progress.say(
-            f"step {step}: validation {values['bits_per_byte']:.3f} bits per byte{part}"
+            f"step {step}: validation {values['bits_per_byte']:.3f} {_unit(self._pipeline)}{part}"
         )
         self._clock.pause()
 
@@ -248,10 +295,11 @@ class _Loop:
         try:
             self._checkpoints.save(step, state, self._identity)
         except NonFiniteError as error:
-            self._stop_non_finite(str(error), step)
+            self._stop_in_training(str(error), step)
         self._clock.pause()
 
-    def _leave(self, step: int, stop: StopRequest) -> None:
+    def leave(self, step: int, stop: StopRequest) -> None:
+        """Raises RunInterrupted, once the state of `step` is saved."""
         self._checkpoints.wait()
         raise RunInterrupted(
             f"{stop.signal.name}: stopped after step {step} of {self._run.steps} and saved "
@@ -259,7 +307,16 @@ class _Loop:
             status=128 + stop.signal,
         )
 
-    def _stop_non_finite(self, what: str, step: int) -> None:
+    def stop_in_validation(self, error: NonFiniteError, step: int) -> NoReturn:
+        """Raises NonFiniteError with what to look at when the validation's is all there was."""
+        self._stop_non_finite(f"after update {step} {error}", "the rows of pipeline.validation")
+
+    def _stop_in_training(self, what: str, step: int) -> NoReturn:
+        self._stop_non_finite(what, f"the batch itself, which is pipeline.train[{step - 1}]")
+
+    def _stop_non_finite(self, what: str, data: str) -> NoReturn:
+        for step, row in self._unlogged:
+            self._log.write(step, "train", row)
         last = self._checkpoints.wait()
         good = "none was written yet"
         if last is not None:
@@ -268,7 +325,6 @@ class _Loop:
             f"{what}.\n  last good checkpoint: {good}\n  what to look at: the last rows of "
             "metrics.jsonl (does gradient_norm grow before it?); a lower optimizer.learning_rate, "
             "more optimizer.warmup_steps or a smaller optimizer.clip_norm, in another workdir; "
-            "model.dtype='float32', to see whether precision is the cause; the batch itself, "
-            f"which is pipeline.train[{step - 1}]. The same command would meet the same "
-            "update again."
+            "model.dtype='float32', to see whether precision is the cause; "
+            f"{data}. The same command would meet the same numbers again."
         )

@@ -1,25 +1,30 @@
 """The folder of a run: whose it is, and the one file that says what the run was."""
 
 import datetime
+import fcntl
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from nsa_jax.training import schema
+from nsa_jax.training import metrics, schema
 from nsa_jax.training.errors import WorkdirError
 
 # What a run may change when it goes on: nothing that the parameters depend on. `steps` is not here
-# because the learning rate of every update depends on it.
-MAY_CHANGE = ("log_every", "eval_every", "eval_batches", "checkpoint", "sample")
+# because the learning rate of every update depends on it; data.path is, because the fingerprint of
+# the corpus guards what is read from there.
+MAY_CHANGE = ("log_every", "eval_every", "eval_batches", "checkpoint", "sample", "data.path")
 
 _RUN_FILE = "run.json"
+_LOCK_FILE = ".lock"
+_IDENTITY = {"config", "corpus", "parameters"}
 _OURS = ("checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "selection.png")
 
 
 class Workdir:
-    """The folder of one run.
+    """The folder of one run; the process that writes in it holds a lock on it until `close`.
 
     Attributes:
       path: the folder, made when it is not there.
@@ -35,30 +40,60 @@ class Workdir:
           main_process: whether this process writes; the others only read.
 
         Raises:
-          WorkdirError: if the folder holds another run, or files that this one would write over.
+          WorkdirError: if another process runs in the folder, or it holds another run, or files
+            that this one would write over.
+          OSError: if the folder cannot be made.
         """
         self.path = Path(path).expanduser().absolute()
         self._writes = main_process
         if self.path.exists() and not self.path.is_dir():
             raise WorkdirError(f"{self.path} is a file; --workdir names a folder")
-        self._run = self._read()
-        if self._run is not None:
-            refuse_other_run(self._run["identity"], identity, str(self.path))
-        else:
-            present = [name for name in _OURS if (self.path / name).exists()]
-            if present:
-                raise WorkdirError(
-                    f"{self.path} holds {', '.join(present)} but no {_RUN_FILE}, so it cannot be "
-                    "told whose they are; choose another workdir"
-                )
-            self._run = {"identity": identity, "starts": []}
-        self._run["identity"] = identity
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path) if main_process else None
+        try:
+            self._run = self._claim(identity)
+        except BaseException:
+            self.close()
+            raise
+        config = schema.flatten(self._run["identity"]["config"])
+        self._every_steps = config.get("checkpoint.every_steps", math.inf)  # of the last start
+        self._run["identity"] = identity
+
+    def _claim(self, identity: Mapping) -> dict:
+        """Returns what run.json says, made sure that it is this run's."""
+        run = self._read()
+        if run is not None:
+            refuse_other_run(run["identity"], identity, str(self.path))
+            return run
+        present = [name for name in _OURS if (self.path / name).exists()]
+        if present:
+            raise WorkdirError(
+                f"{self.path} holds {', '.join(present)} but no {_RUN_FILE}, so it cannot be "
+                "told whose they are; choose another workdir"
+            )
+        return {"identity": identity, "starts": []}
 
     @property
     def started_before(self) -> bool:
         """Whether an earlier start of this run is on record."""
         return bool(self._run["starts"])
+
+    @property
+    def had_checkpoint(self) -> bool:
+        """Whether an earlier start must have completed a checkpoint, as far as is on record."""
+        if "result" in self._run or any(start.get("from_step") for start in self._run["starts"]):
+            return True
+        rows = metrics.read_rows(self.path / "metrics.jsonl")
+        last = max((row["step"] for row in rows), default=0)
+        # A first save may have failed or been killed, which leaves the folder there. The second one
+        # waits for the first.
+        folder = self.path / "checkpoints"
+        return last > (2 if folder.exists() else 1) * self._every_steps
+
+    def close(self) -> None:
+        """Lets another process run here."""
+        if self._lock is not None:
+            self._lock.close()
 
     def record_start(self, facts: Mapping[str, Any]) -> None:
         """Adds one start of the run to run.json: versions, devices and the like, and the time."""
@@ -76,9 +111,9 @@ class Workdir:
             return None
         try:
             run = json.loads(path.read_text())
-            if {"identity", "starts"} <= set(run):
+            if isinstance(run["starts"], list) and run["identity"].keys() >= _IDENTITY:
                 return run
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             pass
         raise WorkdirError(
             f"{path} cannot be read, so it cannot be told which run this workdir holds; repair it "
@@ -92,6 +127,31 @@ class Workdir:
         temporary = self.path / f"{_RUN_FILE}.tmp"
         temporary.write_text(json.dumps(self._run, indent=2) + "\n")
         os.replace(temporary, self.path / _RUN_FILE)
+
+
+def _lock(folder: Path) -> TextIO:
+    """Returns the open lock file of a folder; closing it, or the end of the process, unlocks.
+
+    Raises:
+      WorkdirError: if another process holds the lock.
+    """
+    file = (folder / _LOCK_FILE).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        with file:
+            pid = file.read().strip() or "unknown"
+        raise WorkdirError(
+            f"{folder}: another process (pid {pid}) is running in it; wait for its end, or choose "
+            "another workdir"
+        ) from None
+    except OSError:
+        pass  # a file system without locks: nothing to hold on to
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def identity(config: Mapping, fingerprint: str, parameters: Mapping[str, str]) -> dict[str, Any]:

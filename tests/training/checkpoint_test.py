@@ -122,6 +122,18 @@ def test_what_a_crash_left_half_written_is_set_aside(copy):
     assert (copy.with_name("checkpoints_set_aside") / "3.orbax-checkpoint-tmp").is_dir()
 
 
+def test_files_of_a_person_stay_where_they_are(copy):
+    (copy / "notes.txt").write_text("mine")
+    (copy / "backup").mkdir()
+    checkpoints = Checkpoints(copy, 3)
+    _assert_is_state(checkpoints.restore(_abstract(), _accept), 2)
+    checkpoints.save(3, _state(3), {"name": "mine"})
+    assert checkpoints.wait() == 3
+    checkpoints.close()
+    assert checkpoints.set_aside == []
+    assert {path.name for path in copy.iterdir()} == {"1", "2", "3", "notes.txt", "backup"}
+
+
 def test_without_a_usable_one_there_is_an_error_and_nothing_moves(copy):
     for name in ("1", "2"):
         (copy / name / "state" / "manifest.ocdbt").write_bytes(b"")
@@ -174,7 +186,7 @@ def test_a_failed_write_is_told(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "checkpoints", 3)
 
     def full(*_, **__):
-        raise OSError("No space left on device")
+        raise OSError("writing " + "/a/long/path" * 20 + " failed: No space left on device")
 
     monkeypatch.setattr(checkpoints._open(), "save", full)
     with pytest.raises(CheckpointError, match="No space left"):

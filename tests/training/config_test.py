@@ -58,10 +58,15 @@ def test_the_message_lists_the_problems():
         ({"nsa__num_selected_blocks": 2}, "nsa: num_initial_blocks=1 and num_local_blocks=2 force"),
         ({"nsa__compress_block_size": 16}, "nsa: compress_block_size=16 must be at most"),
         ({"model__num_kv_heads": 3}, "model: num_kv_heads=3 must divide num_heads=2"),
-        ({"implementation": "cuda"}, "model: implementation='cuda' must be one of"),
+        ({"implementation": "cuda"}, "implementation='cuda' must be one of"),
         ({"data__name": "stdlb"}, "data: name='stdlb' must be one of"),
         ({"checkpoint__every_steps": 0}, "checkpoint: every_steps=0 must be at least 1"),
         ({"sample__temperature": -1.0}, "sample: temperature=-1.0 must be"),
+        ({"sample__prompt": "\udcff"}, "sample: prompt='\\udcff' cannot be encoded as UTF-8"),
+        (
+            {"optimizer__learning_rate": float("nan")},
+            "optimizer.learning_rate=nan: must be a finite number",
+        ),
     ],
 )
 def test_values_that_do_not_fit_are_refused_with_a_sentence(changes, expected):

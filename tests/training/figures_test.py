@@ -42,6 +42,7 @@ def test_figures_are_drawn(tmp_path):
         for step in (1, 2, 3)
         for kind in ("train", "validation")
     ]
+    rows.insert(0, {"step": 4, "kind": "train", "bits_per_byte": None})  # it was not finite
     figures.draw_loss(rows, 2.5, tmp_path / "loss.png")
     figures.draw_loss([], None, tmp_path / "nothing.png")
     record = {

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 
 import pytest
@@ -44,6 +45,28 @@ def test_a_line_cut_off_by_a_crash_moves_too(tmp_path):
     assert '{"step": 2, "ki\n' in (tmp_path / "metrics_superseded.jsonl").read_text()
 
 
+@pytest.mark.parametrize("line", ["3", "[]", '{"kind": "train"}', '{"step": "3", "kind": "train"}'])
+def test_a_line_that_is_no_row_moves_too(tmp_path, line):
+    _write(tmp_path, [1])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert [row["step"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [1]
+    assert _write(tmp_path, [2], resumed=1).superseded == 1
+    assert (tmp_path / "metrics_superseded.jsonl").read_text() == line + "\n"
+
+
+def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, "train", {"loss": float("nan"), "gradient_norm": float("inf"), "accuracy": 0.5})
+    log.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert row["loss"] is row["gradient_norm"] is None
+    assert row["accuracy"] == 0.5
+
+
 def test_a_log_knows_what_earlier_starts_wrote(tmp_path):
     _write(tmp_path, [1])
     log = MetricsLog(tmp_path, 1)
@@ -71,6 +94,18 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     )
 
 
+def test_plain_lines_on_a_terminal_without_rows(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    monkeypatch.setattr(metrics.os, "get_terminal_size", lambda _: os.terminal_size((80, 0)))
+    progress = Progress(0, 100, unit="bits a target")
+    progress.update(40, ROW)
+    progress.close()
+    captured = capsys.readouterr()
+    assert captured.out.startswith("step 40/100: loss 1.000, 1.443 bits a target, ")
+    assert captured.err == ""
+
+
 def test_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress = Progress(10, 100)
@@ -95,12 +130,20 @@ def test_the_clock_leaves_out_pauses_and_the_first_update(monkeypatch):
         now[0] += 0.5
         clock.update()
     assert clock.speed() == pytest.approx(2.0)
-    clock.pause()
+    for _ in range(2):  # a pause after every update: each is measured from the end of the pause
+        now[0] += 100.0
+        clock.pause()
+        now[0] += 0.25
+        clock.update()
+        assert clock.speed() == pytest.approx(4.0)
+    assert clock.speed() is None
+    now[0] += 1.0  # and one in the middle of a reading
+    clock.update()
     now[0] += 100.0
+    clock.pause()
+    now[0] += 2.0
     clock.update()
-    now[0] += 0.25
-    clock.update()
-    assert clock.speed() == pytest.approx(4.0)
+    assert clock.speed() == pytest.approx(2 / 3.0)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -57,7 +58,18 @@ def test_values_of_a_fitting_type_are_read(kind, value, read):
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [(int, 3.0), (int, True), (float, "3"), (float, True), (bool, 1), (str, 3), (int | None, "4")],
+    [
+        (int, 3.0),
+        (int, True),
+        (float, "3"),
+        (float, True),
+        (float, math.nan),
+        (float, -math.inf),
+        (float, 10**400),
+        (bool, 1),
+        (str, 3),
+        (int | None, "4"),
+    ],
 )
 def test_values_of_another_type_are_refused_with_key_and_value(kind, value):
     reader = schema.Reader({"a": {"x": value}}, {"a": {"x": kind}})

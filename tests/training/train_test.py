@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from nsa_jax.training import checkpoint, figures, finish, metrics, parallel, train
+from nsa_jax.training import checkpoint, figures, finish, metrics, parallel, steps, train
 from nsa_jax.training.checkpoint import Checkpoints
 from nsa_jax.training.errors import (
     CheckpointError,
@@ -93,6 +93,7 @@ def test_a_whole_run_leaves_what_it_promises(uninterrupted):
     workdir, result = uninterrupted
     assert {path.name for path in workdir.iterdir()} == {
         "run.json",
+        ".lock",
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
@@ -230,6 +231,75 @@ def test_without_a_usable_checkpoint_the_run_does_not_start_over(workdir, settin
     assert (workdir / "metrics.jsonl").read_bytes() == rows
 
 
+def test_when_the_checkpoints_are_gone_the_run_does_not_start_over(workdir, settings):
+    shutil.rmtree(workdir / "checkpoints")
+    before = sorted(workdir.rglob("*")), (workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="the checkpoints are gone; restore them or choose"):
+        train.train_and_evaluate(settings(), workdir)
+    assert (sorted(workdir.rglob("*")), (workdir / "metrics.jsonl").read_bytes()) == before
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_from_the_beginning(
+    no_figures, tmp_path, monkeypatch, capsys
+):
+    settings = tiny_run.settings(model__attention="dense", checkpoint__every_steps=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "evaluate", _nan_on_call(1, steps.evaluate))  # at step 4
+        with pytest.raises(NonFiniteError, match="last good checkpoint: none was written yet"):
+            train.train_and_evaluate(settings, tmp_path / "run")
+    train.train_and_evaluate(settings, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "no checkpoint was written before: starting from the beginning" in said
+    assert "bits a target" in said
+    assert "bits per byte" not in said
+
+
+def test_sigterm_during_the_last_save_still_stops(no_figures, tmp_path, monkeypatch):
+    wait = Checkpoints.wait
+
+    def wait_and_signal(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return wait(self)
+
+    monkeypatch.setattr(Checkpoints, "wait", wait_and_signal)
+    with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped after step 6 of 6") as caught:
+        train.train_and_evaluate(tiny_run.settings(model__attention="dense"), tmp_path / "run")
+    assert caught.value.status == 143
+    assert "result" not in json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_a_workdir_that_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file/run cannot be written: .*Not a directory"):
+        train.train_and_evaluate(tiny_run.settings(model__attention="dense"), tmp_path / "file/run")
+
+
+def test_what_the_ngrams_may_break_is_on_record_before(
+    workdir, settings, uninterrupted, no_figures, monkeypatch
+):
+    def too_much(*_):
+        raise MemoryError
+
+    (workdir / "run.json").write_text(
+        json.dumps(json.loads((workdir / "run.json").read_text()) | {"result": None})
+    )
+    monkeypatch.setattr(finish.ngram, "interpolated_ngram_bits_per_byte", too_much)
+    with pytest.raises(MemoryError):
+        train.train_and_evaluate(settings(), workdir)
+    result = json.loads((workdir / "run.json").read_text())["result"]
+    assert result["validation"] == uninterrupted[1]["validation"]
+
+
+def test_ngrams_are_counted_on_so_much_text(
+    workdir, settings, uninterrupted, no_figures, monkeypatch, capsys
+):
+    monkeypatch.setattr(finish, "_NGRAM_BYTES", 1000)
+    result = train.train_and_evaluate(settings(sample__length=0), workdir)
+    assert result["ngram_bits_per_byte"] > uninterrupted[1]["ngram_bits_per_byte"]
+    assert ", counted on the first 1,000 bytes of the training text" in capsys.readouterr().out
+    assert finish._first_bytes([b"abc", b"defg", b"h"], 5) == [b"abc", b"de"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_what_to_look_at(
     no_figures, tmp_path, monkeypatch
 ):
@@ -253,7 +323,43 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_what_to_look_at(
     assert "pipeline.train[3]" in message
     written = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert written == {"1", "2", "3"}
-    assert [row["step"] for row in _rows(tmp_path / "run")] == [1, 2, 3]
+    rows = _rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[3]["loss"] is None
+    assert rows[3]["learning_rate"] > 0
+
+
+def _nan_on_call(number, evaluate):
+    """Returns `evaluate` with a loss that is not finite on that call of it."""
+    calls = []
+
+    def poisoned(*arguments):
+        calls.append(None)
+        if len(calls) == number:
+            raise NonFiniteError("the validation loss is nan")
+        return evaluate(*arguments)
+
+    return poisoned
+
+
+@pytest.mark.parametrize(("call", "step", "good"), [(1, 4, 3), (2, 6, 6)])
+def test_a_validation_loss_that_is_not_finite_stops_the_run_alike(
+    no_figures, tmp_path, monkeypatch, call, step, good
+):
+    settings = tiny_run.settings(
+        model__attention="dense", checkpoint__every_steps=3, log_every=2, eval_every=4
+    )
+    monkeypatch.setattr(steps, "evaluate", _nan_on_call(call, steps.evaluate))
+    with pytest.raises(NonFiniteError) as caught:
+        train.train_and_evaluate(settings, tmp_path / "run")
+    message = str(caught.value)
+    assert message.startswith(f"after update {step} the validation loss is nan")
+    assert f"last good checkpoint: {tmp_path}/run/checkpoints/{good} (step {good})" in message
+    assert "optimizer.learning_rate" in message
+    assert "the rows of pipeline.validation" in message
+    # With the updates between those of log_every.
+    written = {row["step"] for row in _rows(tmp_path / "run") if row["kind"] == "train"}
+    assert written == set(range(1, step + 1))
 
 
 def test_parameters_that_are_not_finite_stop_the_run_though_the_loss_is(
@@ -287,3 +393,15 @@ def test_the_end_of_a_task_compares_with_a_perfect_model():
         }
     )
     assert line == "validation: 1.5000 bits a target; a perfect model has 0.5000; 25.00% right"
+
+
+def test_a_sample_cannot_steer_the_terminal():
+    lines = finish.summary(
+        {
+            "validation": {"bits_per_byte": 1.5},
+            "ngram_bits_per_byte": 2.5,
+            "ngram_training_bytes": None,
+            "sample": "a\tb\n\x1b[2J\r\x9bé\u2028\n",
+        }
+    )
+    assert lines[1:3] == ["  | a\tb", r"  | \x1b[2J\r\x9bé\u2028"]
