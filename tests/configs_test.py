@@ -24,9 +24,11 @@ def test_a_config_is_right_as_it_stands(name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_docstring_says_how_to_run_it(name):
+def test_the_docstring_says_how_to_run_it_and_what_comes_of_it(name):
     text = importlib.import_module(f"configs.{name}").__doc__
     assert f"nsa-train --config=configs/{name}.py --workdir=" in text
+    assert "\nCost: " in text
+    assert "\nExpected: " in text
 
 
 @pytest.mark.parametrize("name", ["tiny_cpu", "small_gpu"])
@@ -35,7 +37,7 @@ def test_the_dense_counterpart_has_as_many_parameters(name):
         parameter_count(prepare(_config(file)).abstract_state.params)
         for file in (name, f"{name}_dense")
     )
-    assert dense == pytest.approx(sparse, rel=0.01)
+    assert dense == pytest.approx(sparse, rel=0.001)
 
 
 @pytest.mark.parametrize("name", ["tiny_cpu", "small_gpu"])
