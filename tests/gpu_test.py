@@ -3,6 +3,7 @@
 Beside these, the whole suite runs on a GPU where there is one: JAX puts every test there.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,9 +52,7 @@ def test_two_runs_give_the_same_bits_at_the_paper_geometry():
 
         return jax.grad(loss)(arrays)
 
-    first, second = gradients(arrays), gradients(arrays)
-    for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(gradients(arrays), gradients(arrays))
 
 
 @pytest.mark.parametrize("v_head_dim", [64, 48])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,12 +64,8 @@ def test_scan_and_remat_change_no_result():
         assert jax.tree.structure(initialised(config)) == jax.tree.structure(stacked)
         loss, stacked_gradients = loss_and_gradients(config, stacked)
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
-        for a, b in zip(
-            jax.tree.leaves(stacked_gradients),
-            jax.tree.leaves(stack_layers(gradients, 2)),
-            strict=True,
-        ):
-            np.testing.assert_allclose(a, b, atol=1e-5)
+        expected_gradients = stack_layers(gradients, 2)
+        chex.assert_trees_all_close(stacked_gradients, expected_gradients, atol=1e-5)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,20 +44,13 @@ def value_and_gradients(arrays, spec, implementation, **kwargs):
     return run(arrays)
 
 
-def assert_trees_close(actual, expected, atol):
-    for (path, a), (_, b) in zip(
-        jax.tree.leaves_with_path(actual), jax.tree.leaves_with_path(expected), strict=True
-    ):
-        np.testing.assert_allclose(a, b, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
-
-
 def assert_agrees_with_the_oracle(arrays, spec, **where):
     # The same blocks for both, so that a tie broken by the last bit is no disagreement.
     _, blocks = attend(arrays, spec, "reference", **where)
     actual = value_and_gradients(arrays, spec, "xla", block_indices=blocks, **where)
     expected = value_and_gradients(arrays, spec, "reference", block_indices=blocks, **where)
     assert actual[0].shape == (*arrays["q"].shape[:3], spec.v_head_dim)
-    assert_trees_close(actual, expected, ATOL)
+    chex.assert_trees_all_close(actual, expected, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -91,8 +85,8 @@ def test_low_precision_agrees_with_the_oracle_in_float32(dtype):
     # Outputs of order 1 rounded to 8 (bf16) or 11 (f16) bits, gradients of order 10 likewise.
     unit = {jnp.bfloat16: 2.0**-8, jnp.float16: 2.0**-11}[dtype]
     actual = jax.tree.map(lambda x: x.astype(jnp.float32), actual)
-    assert_trees_close(actual[0], expected[0], 4 * unit)
-    assert_trees_close(actual[1], expected[1], 16 * unit)
+    chex.assert_trees_all_close(actual[0], expected[0], atol=4 * unit, rtol=0)
+    chex.assert_trees_all_close(actual[1], expected[1], atol=16 * unit, rtol=0)
 
 
 def test_the_oracle_agrees_with_finite_differences_in_float64():
@@ -281,8 +275,7 @@ def test_xla_reads_nothing_that_no_query_may_see():
     where = {"q_positions": positions, "document_starts": starts}
     clean_run = value_and_gradients(chunk, spec, "xla", **where)
     poisoned_run = value_and_gradients(poisoned, spec, "xla", **where)
-    for clean, dirty in zip(*map(jax.tree.leaves, (clean_run, poisoned_run)), strict=True):
-        np.testing.assert_array_equal(clean, dirty)
+    chex.assert_trees_all_equal(clean_run, poisoned_run)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -346,11 +339,13 @@ def test_transforms_change_nothing():
 
     weights = jax.random.normal(jax.random.key(99), expected.shape)
     remat = jax.jit(jax.grad(lambda arrays: (jax.checkpoint(run)(arrays) * weights).sum()))
-    assert_trees_close(remat(arrays), expected_gradients, ATOL)
+    chex.assert_trees_all_close(remat(arrays), expected_gradients, atol=ATOL, rtol=0)
 
     per_example = jax.vmap(jax.grad(lambda arrays, w: (run(arrays) * w).sum()))
     gradients = per_example(one_by_one, weights[:, None])
-    assert_trees_close(jax.tree.map(lambda x: x[:, 0], gradients), expected_gradients, ATOL)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: x[:, 0], gradients), expected_gradients, atol=ATOL, rtol=0
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -359,8 +354,7 @@ def test_two_runs_give_the_same_bits(implementation):
     arrays = random_inputs(spec)
     first = value_and_gradients(arrays, spec, implementation)
     second = value_and_gradients(arrays, spec, implementation)
-    for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(first, second)
 
 
 def test_no_gradient_flows_through_the_choice_of_blocks():
