@@ -268,9 +268,12 @@ def test_xla_reads_nothing_that_no_query_may_see():
 
     stride = spec.nsa.compress_stride
     poisoned = chunk | {
-        "compressed": tuple(poison(x, 48 // stride, 24) for x in chunk["compressed"]),
-        "selected": tuple(poison(x, 48, last) for x in chunk["selected"]),
-        "window": tuple(poison(x, 48, last) for x in chunk["window"]),
+        name: jax.tree.map(lambda x, start=start, end=end: poison(x, start, end), chunk[name])
+        for name, start, end in (
+            ("compressed", 48 // stride, 24),
+            ("selected", 48, last),
+            ("window", 48, last),
+        )
     }
     where = {"q_positions": positions, "document_starts": starts}
     clean_run = value_and_gradients(chunk, spec, "xla", **where)
