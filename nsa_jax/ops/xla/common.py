@@ -1,4 +1,4 @@
-"""What the XLA operations share: layout, matrix products and the masked exponential."""
+"""What the XLA operations share: layout, matrix products, the running softmax and its gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +80,53 @@ def masked_exp(scores: Array, mask: Array, maximum: Array) -> Array:
     return jnp.where(mask, jnp.exp(jnp.where(mask, scores - maximum, 0.0)), 0.0)
 
 
-def log_sum_exp(maximum: Array, total: Array) -> Array:
-    """The natural logarithm of a running softmax's denominator; -inf on an empty row."""
-    return jnp.where(total > 0, maximum + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+def start_softmax(q: Array, v_head_dim: int) -> tuple[Array, Array, Array]:
+    """A running softmax before its first key: maximum, total and output of each row of q."""
+    return filled_rows(q, -jnp.inf), filled_rows(q, 0), filled_rows(q, 0, v_head_dim)
+
+
+def update_softmax(carry, q: Array, k: Array, v: Array, mask: Array, scale: float):
+    """Takes a tile of keys [B, K, s, H] and values into the softmax of queries [B, K, t, G, H]."""
+    maximum, total, out = carry
+    scores = dot("bktgh,bksh->bktgs", q, k) * scale
+    new_maximum = jnp.maximum(maximum, jnp.where(mask, scores, -jnp.inf).max(axis=-1))
+    decay = masked_exp(maximum, maximum > -jnp.inf, new_maximum)
+    p = masked_exp(scores, mask, new_maximum[..., None])
+    out = out * decay[..., None] + dot("bktgs,bksv->bktgv", p.astype(v.dtype), v)
+    return new_maximum, total * decay + p.sum(axis=-1), out
+
+
+def finish_softmax(carry, dtype) -> tuple[Array, Array]:
+    """The output in `dtype`, 0 on an empty row, and the log of the denominator, -inf there."""
+    maximum, total, out = carry
+    some = total > 0
+    lse = jnp.where(some, maximum + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+    return (out / jnp.where(some, total, 1.0)[..., None]).astype(dtype), lse
+
+
+def softmax_delta(out: Array, d_out: Array, d_lse: Array) -> Array:
+    """What the gradient of each score of a row subtracts; it also carries what comes by lse."""
+    dtype = accumulation_dtype(out)
+    return (out.astype(dtype) * d_out.astype(dtype)).sum(axis=-1) - d_lse
+
+
+def softmax_gradients(rows, k: Array, v: Array, mask: Array, scale: float):
+    """The gradients that a tile of keys and values gives to its queries, its keys and its values.
+
+    Args:
+      rows: q, d_out, lse and delta of the queries, [B, K, t, G, ...].
+      k: keys [B, K, s, H].
+      v: values [B, K, s, V].
+      mask: who sees what, [B, K or 1, t, 1, s].
+      scale: of the scores.
+    """
+    q, d_out, lse, delta = rows
+    scores = dot("bktgh,bksh->bktgs", q, k) * scale
+    p = masked_exp(scores, mask, lse[..., None])
+    dp = dot("bktgv,bksv->bktgs", d_out, v)
+    ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
+    dq = dot("bktgs,bksh->bktgh", ds, k)
+    return dq, sum_over_queries(ds, q), sum_over_queries(p.astype(d_out.dtype), d_out)
 
 
 def keep_seen(x: Array, seen: Array) -> Array:

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 
 from nsa_jax.ops.xla.common import (
     accumulation_dtype,
-    dot,
-    filled_rows,
+    finish_softmax,
     group_heads,
     join_axis,
     keep_seen,
-    log_sum_exp,
-    masked_exp,
     pad_axis,
+    softmax_delta,
+    softmax_gradients,
     split_axis,
-    sum_over_queries,
+    start_softmax,
     ungroup_heads,
+    update_softmax,
 )
 from nsa_jax.typing import Array, Float, Int
 
@@ -101,19 +101,12 @@ def _forward(q, k, v, lo, hi, scale):
         (q,), lo, hi = tile
 
         def step(index, carry):
-            maximum, total, out = carry
             k, v, mask = _load(keys, values, lo, hi, index, size)
-            scores = dot("bktgh,bksh->bktgs", q, k) * scale
-            new_maximum = jnp.maximum(maximum, jnp.where(mask, scores, -jnp.inf).max(axis=-1))
-            decay = masked_exp(maximum, maximum > -jnp.inf, new_maximum)
-            p = masked_exp(scores, mask, new_maximum[..., None])
-            out = out * decay[..., None] + dot("bktgs,bksv->bktgv", p.astype(v.dtype), v)
-            return new_maximum, total * decay + p.sum(axis=-1), out
+            return update_softmax(carry, q, k, v, mask, scale)
 
-        start = filled_rows(q, -jnp.inf), filled_rows(q, 0), filled_rows(q, 0, v.shape[-1])
-        maximum, total, out = jax.lax.fori_loop(*_tile_range(lo, hi, size), step, start)
-        out = out / jnp.where(total > 0, total, 1.0)[..., None]
-        return None, (out.astype(q.dtype), log_sum_exp(maximum, total))
+        start = start_softmax(q, v.shape[-1])
+        carry = jax.lax.fori_loop(*_tile_range(lo, hi, size), step, start)
+        return None, finish_softmax(carry, q.dtype)
 
     tiles = _query_tiles([q], lo, hi, k.shape[1], k.shape[2])
     _, (out, lse) = jax.lax.scan(query_tile, None, tiles)
@@ -128,25 +121,20 @@ def _backward(scale, residuals, gradients):
     num_queries, num_keys, num_kv_heads = q.shape[1], k.shape[1], k.shape[2]
     keys, size = _key_tiles(k)
     values, _ = _key_tiles(v)
-    # d score = p * (d_out . v - delta), where delta also carries what flows in through lse.
-    delta = (out.astype(dtype) * d_out.astype(dtype)).sum(axis=-1) - d_lse
+    delta = softmax_delta(out, d_out, d_lse)
 
     def query_tile(carry, tile):
-        (q, d_out, lse, delta), lo, hi = tile
+        rows, lo, hi = tile
 
         def step(index, carry):
             dq, dk, dv = carry
             k, v, mask = _load(keys, values, lo, hi, index, size)
-            scores = dot("bktgh,bksh->bktgs", q, k) * scale
-            p = masked_exp(scores, mask, lse[..., None])
-            dp = dot("bktgv,bksv->bktgs", d_out, v)
-            ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
-            dq += dot("bktgs,bksh->bktgh", ds, k)
-            dk = _add_tile(dk, sum_over_queries(ds, q), index * size)
-            dv = _add_tile(dv, sum_over_queries(p.astype(d_out.dtype), d_out), index * size)
-            return dq, dk, dv
+            dq_tile, dk_tile, dv_tile = softmax_gradients(rows, k, v, mask, scale)
+            dk = _add_tile(dk, dk_tile, index * size)
+            dv = _add_tile(dv, dv_tile, index * size)
+            return dq + dq_tile, dk, dv
 
-        dq = jnp.zeros_like(q, dtype)
+        dq = jnp.zeros_like(rows[0], dtype)
         dq, *carry = jax.lax.fori_loop(*_tile_range(lo, hi, size), step, (dq, *carry))
         return carry, dq.astype(q.dtype)
 

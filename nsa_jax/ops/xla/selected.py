@@ -14,16 +14,16 @@ import jax.numpy as jnp
 
 from nsa_jax.ops.xla.common import (
     accumulation_dtype,
-    dot,
-    filled_rows,
+    finish_softmax,
     group_heads,
     join_axis,
     keep_seen,
-    log_sum_exp,
-    masked_exp,
+    softmax_delta,
+    softmax_gradients,
     split_axis,
-    sum_over_queries,
+    start_softmax,
     ungroup_heads,
+    update_softmax,
 )
 from nsa_jax.typing import Array, Float, Int
 
@@ -142,24 +142,15 @@ def _forward(q, k, v, block_indices, q_positions, block_size, scale):
             queries = index.tile(start, count, tile, size, num_queries)
             mask = _block_mask(positions, queries, count, tile, block, block_size, num_keys)
             k_seen, v_seen = (keep_seen(x, mask.any(axis=2)) for x in (k, v))
+            rows = tuple(_rows(x, queries) for x in carry)
             mask = mask[:, :, :, None, :]
-            maximum, total, out = (_rows(x, queries) for x in carry)
-            scores = dot("bktgh,bksh->bktgs", _rows(q_rows, queries), k_seen) * scale
-            new_maximum = jnp.maximum(maximum, jnp.where(mask, scores, -jnp.inf).max(axis=-1))
-            decay = masked_exp(maximum, maximum > -jnp.inf, new_maximum)
-            p = masked_exp(scores, mask, new_maximum[..., None])
-            out = out * decay[..., None] + dot("bktgs,bksv->bktgv", p.astype(v.dtype), v_seen)
-            new = new_maximum, total * decay + p.sum(axis=-1), out
+            new = update_softmax(rows, _rows(q_rows, queries), k_seen, v_seen, mask, scale)
             return tuple(_update_rows(x, queries, rows) for x, rows in zip(carry, new, strict=True))
 
         return jax.lax.fori_loop(0, _num_tiles(count, size), step, carry), None
 
-    width = v.shape[-1]
-    start = filled_rows(q_rows, -jnp.inf), filled_rows(q_rows, 0), filled_rows(q_rows, 0, width)
-    (maximum, total, out), _ = jax.lax.scan(key_block, start, blocks)
-    out = out / jnp.where(total > 0, total, 1.0)[..., None]
-    out = ungroup_heads(out.astype(q.dtype))
-    lse = ungroup_heads(log_sum_exp(maximum, total))
+    carry, _ = jax.lax.scan(key_block, start_softmax(q_rows, v.shape[-1]), blocks)
+    out, lse = map(ungroup_heads, finish_softmax(carry, q.dtype))
     return (out, lse), (q, k, v, block_indices, q_positions, out, lse)
 
 
@@ -170,8 +161,7 @@ def _backward(block_size, scale, residuals, gradients):
     num_queries, num_keys, num_kv_heads = q.shape[1], k.shape[1], k.shape[2]
     size = _tile_size(block_indices, block_size)
     index, positions, blocks = _setup(k, v, block_indices, q_positions, block_size)
-    # d score = p * (d_out . v - delta), where delta also carries what flows in through lse.
-    delta = (out.astype(dtype) * d_out.astype(dtype)).sum(axis=-1) - d_lse
+    delta = softmax_delta(out, d_out, d_lse)
     rows = [group_heads(x, num_kv_heads) for x in (q, d_out, lse, delta)]
 
     def key_block(dq, xs):
@@ -182,16 +172,11 @@ def _backward(block_size, scale, residuals, gradients):
             queries = index.tile(start, count, tile, size, num_queries)
             mask = _block_mask(positions, queries, count, tile, block, block_size, num_keys)
             k_seen, v_seen = (keep_seen(x, mask.any(axis=2)) for x in (k, v))
-            q, d_out, lse, delta = (_rows(x, queries) for x in rows)
-            scores = dot("bktgh,bksh->bktgs", q, k_seen) * scale
-            p = masked_exp(scores, mask[:, :, :, None, :], lse[..., None])
-            dp = dot("bktgv,bksv->bktgs", d_out, v_seen)
-            ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
-            dq_rows = _rows(dq, queries) + dot("bktgs,bksh->bktgh", ds, k_seen)
-            dq = _update_rows(dq, queries, dq_rows)
-            dk += sum_over_queries(ds, q)
-            dv += sum_over_queries(p.astype(d_out.dtype), d_out)
-            return dq, dk, dv
+            at_queries = [_rows(x, queries) for x in rows]
+            mask = mask[:, :, :, None, :]
+            dq_tile, dk_tile, dv_tile = softmax_gradients(at_queries, k_seen, v_seen, mask, scale)
+            dq = _update_rows(dq, queries, _rows(dq, queries) + dq_tile)
+            return dq, dk + dk_tile, dv + dv_tile
 
         carry = dq, jnp.zeros_like(k, dtype), jnp.zeros_like(v, dtype)
         dq, dk, dv = jax.lax.fori_loop(0, _num_tiles(count, size), step, carry)
