@@ -12,17 +12,12 @@ as CSV, with the command, the hardware and the versions in a JSON file beside it
 
 import csv
 import json
-import os
-import platform
-import statistics
-import sys
-import time
 from pathlib import Path
 
 import jax
-import jaxlib
 from absl import app, flags
 
+from experiments.timing import hardware, median_ms
 from nsa_jax import NSAConfig, native_sparse_attention
 from tests.arg_specs import ArgSpec, random_inputs
 
@@ -56,17 +51,6 @@ def dense(arrays):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla").sum()
 
 
-def median_ms(function, argument, repeats):
-    """The median time of a compiled function in milliseconds, after one run that is not counted."""
-    jax.block_until_ready(function(argument))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(argument))
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 def measure(length, repeats):
     """One row of the table."""
     nsa = NSAConfig()
@@ -92,23 +76,6 @@ def measure(length, repeats):
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def hardware() -> dict:
-    """What the numbers were measured with."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
-    return {
-        "command": " ".join(["python -m experiments.crossover", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-    }
-
-
 def main(argv):
     """Measures, prints and writes."""
     if len(argv) > 1:
@@ -125,7 +92,9 @@ def main(argv):
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows({k: round(v, 3) for k, v in row.items()} for row in rows)
-        output.with_suffix(".json").write_text(json.dumps(hardware(), indent=2) + "\n")
+        output.with_suffix(".json").write_text(
+            json.dumps(hardware("experiments.crossover"), indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

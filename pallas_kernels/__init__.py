@@ -13,9 +13,9 @@ from typing import NamedTuple
 #: `refusal(operation, *args, **kwargs) -> str | None`: the sentence that says why it cannot run a
 #: call with these arguments here, or None. Without arguments it speaks of the device alone.
 KERNELS: dict[str, dict[str, str]] = {
-    "interval_attention": {},
-    "select_blocks": {},
-    "selected_attention": {},
+    "interval_attention": {"triton": "pallas_kernels.triton.interval:interval_attention"},
+    "select_blocks": {"triton": "pallas_kernels.triton.blocks:select_blocks"},
+    "selected_attention": {"triton": "pallas_kernels.triton.selected:selected_attention"},
 }
 
 

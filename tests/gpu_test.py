@@ -1,7 +1,13 @@
-"""What only an NVIDIA GPU can show; run with `pytest -m gpu --require-gpu`.
+"""What only an NVIDIA GPU can show; run with `pytest -m gpu --require-gpu tests/gpu_test.py -n 8`.
 
 Beside these, the whole suite runs on a GPU where there is one: JAX puts every test there.
 """
+
+import functools
+import os
+
+# Several test processes share the GPU, so that none of them may take most of its memory at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import chex
 import jax
@@ -10,24 +16,123 @@ import numpy as np
 import pytest
 
 from nsa_jax import DenseAttention, NSAConfig, native_sparse_attention
-from tests.arg_specs import ArgSpec, random_inputs
+from nsa_jax.ops import dispatch, reference
+from nsa_jax.ops.branches import compressed_attention, select_blocks
+from nsa_jax.training import parallel
+from nsa_jax.training.setup import prepare
+from tests.arg_specs import SMALL, ArgSpec, random_inputs
+from tests.training import tiny_run
 
 pytestmark = pytest.mark.gpu
 
+KERNELS = "triton"
 PAPER = ArgSpec(1, 8192, 16, 1, 128, 128, NSAConfig())
+DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
+
+# Of the largest element of a tensor. float32 is summed in another order over a few hundred terms,
+# and tf32, which would be off by 1e-3, is never used. In 16 bits the inputs are equal, but
+# probabilities and each branch's result are rounded to 11 bits (float16; 2**-11 = 5e-4) or 8
+# (bfloat16; 2**-8 = 4e-3). Gradients pass through two such products, the score's and its own.
+TOLERANCE = {jnp.float32: 1e-5, jnp.float16: 2e-3, jnp.bfloat16: 1e-2}
 
 
+def in_float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def assert_close(actual, expected, tolerance):
+    """Compares trees leaf by leaf, each by the largest element of what is expected."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    paths = jax.tree_util.tree_leaves_with_path(expected)
+    for x, (path, y) in zip(jax.tree.leaves(actual), paths, strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        error, size = np.abs(x - y).max(initial=0), np.abs(y).max(initial=0)
+        name = jax.tree_util.keystr(path)
+        assert error <= tolerance * size, f"{name}: off by {error} where the largest is {size}"
+
+
+def projection(shape):
+    """Normal random float32, of as few bits as bfloat16 has, so that every dtype can hold them."""
+    x = jax.random.normal(jax.random.key(99), shape)
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
+def value_and_gradients(arrays, spec, implementation, **where):
+    """The output, and the gradients of a random projection of it to every array."""
+
+    def project(arrays):
+        out, _ = native_sparse_attention(
+            **arrays, config=spec.nsa, implementation=implementation, **where
+        )
+        return (out.astype(jnp.float32) * projection(out.shape)).sum(), out
+
+    gradients, out = jax.grad(project, has_aux=True)(arrays)
+    return out, gradients
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def blocks_of_the_oracle(arrays, spec):
+    return native_sparse_attention(**arrays, config=spec.nsa, implementation="reference")[1]
+
+
+# All dtypes in one test: they share the compiled oracle.
+@pytest.mark.parametrize("name", SMALL)
+def test_kernels_agree_with_the_oracle(name):
+    spec = SMALL[name]
+    for dtype in DTYPES:
+        arrays = random_inputs(spec, dtype=dtype)
+        exact = in_float32(arrays)
+        # The same blocks for both, so that a tie broken by the last bit is no disagreement.
+        blocks = blocks_of_the_oracle(exact, spec)
+        out, gradients = value_and_gradients(arrays, spec, KERNELS, block_indices=blocks)
+        expected = value_and_gradients(exact, spec, "reference", block_indices=blocks)
+        assert out.dtype == dtype
+        assert all(x.dtype == dtype for x in jax.tree.leaves(gradients))
+        assert_close(out, expected[0], TOLERANCE[dtype])
+        assert_close(gradients, expected[1], 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_kernels_select_as_the_oracle_where_scores_are_apart(name):
+    spec = SMALL[name]
+    arrays, nsa = random_inputs(spec), spec.nsa
+    q, (k, v) = arrays["q"], arrays["compressed"]
+
+    def select(implementation):
+        where = {"config": nsa, "implementation": implementation}
+        return select_blocks(q, k, compressed_attention(q, k, v, **where)[1], **where)
+
+    score = reference.importance(
+        q,
+        k,
+        num_select=-(-spec.length // nsa.select_block_size),
+        compress_block_size=nsa.compress_block_size,
+        compress_stride=nsa.compress_stride,
+        select_block_size=nsa.select_block_size,
+    )
+    # Scores are sums of a group's probabilities: 1e-5 is a hundred float32 roundings of 1.
+    gaps = jnp.diff(jnp.sort(score, axis=-1), axis=-1)
+    apart = jnp.where(gaps > 0, gaps, jnp.inf).min(axis=-1, initial=jnp.inf) > 1e-5
+    assert apart.mean() > 0.9
+    same = (select(KERNELS) == select("reference")).all(axis=-1)
+    assert bool(jnp.where(apart, same, True).all())
+
+
+@pytest.mark.parametrize("implementation", ["xla", KERNELS])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_xla_agrees_with_the_oracle_at_the_paper_geometry(dtype):
+def test_agrees_with_the_oracle_at_the_paper_geometry(dtype, implementation):
     """The last 64 queries of 8192, for which the dense oracle is affordable."""
     arrays = random_inputs(PAPER, dtype=dtype)
     run = jax.jit(
-        lambda arrays: native_sparse_attention(**arrays, config=PAPER.nsa, implementation="xla")
+        lambda arrays: native_sparse_attention(
+            **arrays, config=PAPER.nsa, implementation=implementation
+        )
     )
     with jax.default_matmul_precision("default"):  # what users have; not what the tests set
         out, blocks = run(arrays)
     last = slice(PAPER.length - 64, None)
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    exact = in_float32(arrays)
     chunk = {k: v[:, last] if k in ("q", "gates") else v for k, v in exact.items()}
     expected, _ = native_sparse_attention(
         **chunk,
@@ -41,18 +146,138 @@ def test_xla_agrees_with_the_oracle_at_the_paper_geometry(dtype):
     np.testing.assert_allclose(out[:, last].astype(jnp.float32), expected, atol=atol)
 
 
-def test_two_runs_give_the_same_bits_at_the_paper_geometry():
+@pytest.mark.parametrize("implementation", ["xla", KERNELS])
+def test_two_runs_give_the_same_bits_at_the_paper_geometry(implementation):
     arrays = random_inputs(PAPER, dtype=jnp.bfloat16)
+    first, second = (value_and_gradients(arrays, PAPER, implementation) for _ in range(2))
+    chex.assert_trees_all_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("spec", "end"), [(SMALL["ragged"], 101), (PAPER, 5000)], ids=["ragged", "paper"]
+)
+def test_kernels_read_nothing_of_the_future(spec, end):
+    """Queries up to `end` over a cache that holds NaN behind it: the same bits, gradients too."""
+    arrays = random_inputs(spec, dtype=jnp.bfloat16)
+    chunk = {k: v[:, :end] if k in ("q", "gates") else v for k, v in arrays.items()}
+    complete = (end - spec.nsa.compress_block_size) // spec.nsa.compress_stride + 1
+    ends = {"compressed": complete, "selected": end, "window": end}
+    poisoned = chunk | {
+        name: jax.tree.map(lambda x, end=end: x.at[:, end:].set(jnp.nan), chunk[name])
+        for name, end in ends.items()
+    }
+    clean_run = value_and_gradients(chunk, spec, KERNELS)
+    chex.assert_trees_all_equal(clean_run, value_and_gradients(poisoned, spec, KERNELS))
+
+
+LONG = ArgSpec(1, 262144, 64, 4, 128, 128, NSAConfig())
+
+
+def test_kernels_at_262144_tokens():
+    """Offsets pass 2**31 here. A few queries of the last group, and their dq, meet the oracle."""
+    spec = LONG
+    arrays = jax.jit(functools.partial(random_inputs, spec, dtype=jnp.bfloat16))()
+    end = spec.length
+    sampled = jnp.array([0, 31, 32, end // 3, end // 2 - 1, end // 2, end - 65, end - 1])
+    group = spec.num_heads // spec.num_kv_heads
 
     @jax.jit
-    def gradients(arrays):
-        def loss(arrays):
-            out, _ = native_sparse_attention(**arrays, config=PAPER.nsa, implementation="xla")
-            return (out.astype(jnp.float32) ** 2).sum()
+    def run(arrays):
+        attention = functools.partial(
+            native_sparse_attention, config=spec.nsa, implementation=KERNELS
+        )
+        out, pull, blocks = jax.vjp(lambda arrays: attention(**arrays), arrays, has_aux=True)
+        (gradients,) = pull(arrays["q"])  # any array of the output's shape will do
+        finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(gradients)]
+        rows = (out[:, sampled, -group:], gradients["q"][:, sampled, -group:])
+        return rows, blocks[:, sampled, -1:], jnp.stack(finite).all()
 
-        return jax.grad(loss)(arrays)
+    @jax.jit
+    def oracle(arrays, blocks):
+        # One group and few queries: the dense oracle repeats the keys for every query head.
+        rows = {k: arrays[k][:, sampled, -group:] for k in ("q", "gates")}
+        rest = {k: v for k, v in arrays.items() if k not in rows}
+        rest = jax.tree.map(lambda x: x[:, :, -1:], rest)
+        rows, rest = in_float32((rows, rest))
 
-    chex.assert_trees_all_equal(gradients(arrays), gradients(arrays))
+        def attention(q):
+            return native_sparse_attention(
+                q,
+                **rest,
+                gates=rows["gates"],
+                config=spec.nsa,
+                q_positions=sampled[None],
+                block_indices=blocks,
+                implementation="reference",
+            )[0]
+
+        out, pull = jax.vjp(attention, rows["q"])
+        return out, *pull(rows["q"])
+
+    actual, blocks, finite = run(arrays)
+    assert bool(finite)
+    expected = oracle(arrays, blocks)
+    assert_close(actual[0], expected[0], TOLERANCE[jnp.bfloat16])
+    assert_close(actual[1], expected[1], 2 * TOLERANCE[jnp.bfloat16])
+
+
+def test_transforms_change_nothing():
+    """vmap, scan and remat of the kernels."""
+    spec = SMALL["even"]
+    arrays = random_inputs(spec)
+    expected, gradients = value_and_gradients(arrays, spec, KERNELS)
+
+    def run(arrays):
+        return native_sparse_attention(**arrays, config=spec.nsa, implementation=KERNELS)[0]
+
+    one_by_one = jax.tree.map(lambda x: x[:, None], arrays)
+    mapped = jax.jit(jax.vmap(run))(one_by_one)
+    _, scanned = jax.lax.scan(lambda _, arrays: (None, run(arrays)), None, one_by_one)
+    for out in (mapped, scanned):
+        assert_close(out[:, 0], expected, TOLERANCE[jnp.float32])
+
+    weights = projection(expected.shape)
+    remat = jax.jit(jax.grad(lambda arrays: (jax.checkpoint(run)(arrays) * weights).sum()))
+    assert_close(remat(arrays), gradients, 2 * TOLERANCE[jnp.float32])
+
+    per_example = jax.jit(jax.vmap(jax.grad(lambda arrays, w: (run(arrays) * w).sum())))
+    actual = jax.tree.map(lambda x: x[:, 0], per_example(one_by_one, weights[:, None]))
+    assert_close(actual, gradients, 2 * TOLERANCE[jnp.float32])
+
+
+def test_auto_takes_the_kernels():
+    record = dispatch.explain("auto")
+    assert {operation: entry["chosen"] for operation, entry in record.items()} == dict.fromkeys(
+        dispatch.OPERATIONS, KERNELS
+    )
+
+
+def training_losses(implementation, dtype="bfloat16"):
+    """Nats a token of 20 updates on one batch."""
+    config = tiny_run.settings(
+        steps=20, implementation=implementation, model__dtype=dtype, model__head_dim=16
+    )
+    setup = prepare(config)
+    tokens = np.random.default_rng(0).integers(0, 257, (4, 33), np.int32)
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones((4, 32), np.float32),
+        "document_starts": np.zeros((4, 32), np.int32),
+    }
+    batch = parallel.global_batch(batch, setup.mesh)
+    state, losses = setup.make_state(), []
+    for _ in range(config.steps):
+        state, metrics = setup.train_step(state, batch)
+        losses.append(float(metrics.sums.nats / metrics.sums.weight))
+    return losses
+
+
+def test_twenty_updates_agree_with_xla():
+    actual, expected = training_losses(KERNELS), training_losses("xla")
+    assert expected[-1] < 0.8 * expected[0], "nothing was learned"
+    # bfloat16 activations have 8 bits, and a selected block may change with the last of them.
+    np.testing.assert_allclose(actual, expected, rtol=2e-2)
 
 
 @pytest.mark.parametrize("v_head_dim", [64, 48])

@@ -217,8 +217,13 @@ def sliding_window_attention(
     q_positions, document_starts = _positions(q, q_positions, document_starts)
     lo = jnp.maximum(q_positions - config.window_size + 1, document_starts)
     hi = q_positions + 1
-    scale = _scale(q, scale)
-    return dispatch.run("interval_attention", implementation, q, k, v, lo, hi, scale=scale)
+    return dispatch.run(
+        "interval_attention",
+        implementation,
+        *(q, k, v, lo, hi),
+        scale=_scale(q, scale),
+        longest=config.window_size,
+    )
 
 
 def check_shapes(operation, q, k, v=None, q_positions=None, document_starts=None) -> None:

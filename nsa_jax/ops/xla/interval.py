@@ -29,7 +29,7 @@ TILE_QUERIES = 128
 TILE_KEYS = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def interval_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -37,6 +37,7 @@ def interval_attention(
     lo: Int[Array, "B T"],
     hi: Int[Array, "B T"],
     scale: float,
+    longest: int | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Attention of query t over the keys j with lo[b, t] <= j < hi[b, t].
 
@@ -49,12 +50,14 @@ def interval_attention(
       lo: int32, not decreasing along t.
       hi: int32, not decreasing along t; a row with hi <= lo is empty.
       scale: multiplies the scores.
+      longest: a bound on hi - lo, if one is known, by which kernels choose their tiles; not used
+        here.
 
     Returns:
       The outputs in q's dtype, exactly 0 on an empty row, and the natural logarithm of the
       softmax's denominator in float32, -inf on an empty row.
     """
-    return _forward(q, k, v, lo, hi, scale)[0]
+    return _forward(q, k, v, lo, hi, scale, longest)[0]
 
 
 def _query_tiles(arrays, lo, hi, num_keys, num_kv_heads):
@@ -93,7 +96,8 @@ def _load(k, v, lo, hi, tile, size):
     return keep_seen(k, seen), keep_seen(v, seen), mask[:, None, :, None, :]
 
 
-def _forward(q, k, v, lo, hi, scale):
+def _forward(q, k, v, lo, hi, scale, longest):
+    del longest
     keys, size = _key_tiles(k)
     values, _ = _key_tiles(v)
 
@@ -114,7 +118,8 @@ def _forward(q, k, v, lo, hi, scale):
     return (out, lse), (q, k, v, lo, hi, out, lse)
 
 
-def _backward(scale, residuals, gradients):
+def _backward(scale, longest, residuals, gradients):
+    del longest
     q, k, v, lo, hi, out, lse = residuals
     d_out, d_lse = gradients
     dtype = accumulation_dtype(q)

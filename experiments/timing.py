@@ -1,0 +1,262 @@
+"""What the benchmarks share: operations as cases, compiled side by side, timed, and the hardware.
+
+Nothing here reads flags, so that every benchmark has its own.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from nsa_jax import native_sparse_attention
+from nsa_jax.ops import branches, dense, dispatch
+from tests.arg_specs import ArgSpec, random_inputs
+
+SAMPLE_SECONDS = 0.03  # a sample is as many runs in a row as take this long
+ENOUGH_SECONDS = 2.0  # of samples; fewer than asked for are taken once they took as much
+LEAST_SAMPLES = 3
+_PACKAGES = ("triton", "jax-triton", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
+
+
+class Timing(NamedTuple):
+    """How long one run takes, in milliseconds, over the samples."""
+
+    median: float
+    least: float
+    most: float
+    samples: int
+    runs_a_sample: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operation that is timed.
+
+    Attributes:
+      function: from arrays, or pairs of them, to its output.
+      arguments: their names among the inputs.
+      differentiated: how many of them, from the first on, have a gradient; 0 for no backward.
+    """
+
+    function: Callable
+    arguments: tuple[str, ...]
+    differentiated: int
+
+
+def median_ms(function, argument, repeats: int) -> float:
+    """The median time of a function in milliseconds, after one run that is not counted."""
+    jax.block_until_ready(function(argument))
+    return statistics.median(1e3 * _seconds(function, (argument,), 1) for _ in range(repeats))
+
+
+def measure(function, arguments: tuple, repeats: int) -> Timing:
+    """Times a compiled function after a warm-up, many runs in a row without waiting between them.
+
+    On a CPU, which would run them side by side, one by one.
+
+    Args:
+      function: compiled; what it returns is dropped before the next run.
+      arguments: its arguments.
+      repeats: samples to take at most.
+    """
+    jax.block_until_ready(function(*arguments))
+    runs, seconds = 1, _seconds(function, arguments, 1)
+    while seconds < SAMPLE_SECONDS and jax.default_backend() != "cpu":
+        # A first run alone takes longer than each of many; so the number grows step by step.
+        runs = math.ceil(runs * min(1.2 * SAMPLE_SECONDS / seconds, 20))
+        seconds = _seconds(function, arguments, runs)
+    samples, spent = [seconds / runs], seconds
+    while len(samples) < repeats and (len(samples) < LEAST_SAMPLES or spent < ENOUGH_SECONDS):
+        seconds = _seconds(function, arguments, runs)
+        samples.append(seconds / runs)
+        spent += seconds
+    values = (statistics.median(samples), min(samples), max(samples))
+    return Timing(*(1e3 * x for x in values), len(samples), runs)
+
+
+def _seconds(function, arguments, runs):
+    start, out = time.perf_counter(), None
+    for _ in range(runs):
+        out = None  # its memory is free for the next run
+        out = function(*arguments)
+    jax.block_until_ready(out)
+    return time.perf_counter() - start
+
+
+def compiled(traced: dict[Any, Any]) -> dict[Any, Any]:
+    """Lowers and compiles traced functions side by side.
+
+    Args:
+      traced: what `jax.jit(...).trace(...)` returned, or the sentence of why there is none, by any
+        name.
+
+    Returns:
+      By the same names, the compiled function or the sentence.
+    """
+
+    def one(traced):
+        if isinstance(traced, str):
+            return traced
+        return attempt(lambda: traced.lower().compile())
+
+    # Triton and XLA leave Python's lock to others while they compile.
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 16)) as pool:
+        return dict(zip(traced, pool.map(one, traced.values()), strict=True))
+
+
+def attempt(function) -> Any:
+    """What `function()` returns, or why it raised, as one sentence.
+
+    Whatever one case of many may meet (a refusal, a launch that fails, no memory) is a finding
+    about that case and no end of the run.
+    """
+    try:
+        return function()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0][:300]
+
+
+def trace_forward(case: Case, shapes: tuple):
+    """Traces the operation anew, whatever jax.jit remembers of it; `shapes` of its arguments."""
+    return jax.jit(lambda *arguments: case.function(*arguments)).trace(*shapes)
+
+
+def trace_pull(case: Case, shapes: tuple):
+    """Traces the operation up to the pull of jax.vjp, a pytree that holds the residuals."""
+
+    def run(*arguments):
+        variables, rest = arguments[: case.differentiated], arguments[case.differentiated :]
+        return jax.vjp(lambda *variables: case.function(*variables, *rest), *variables)[1]
+
+    return jax.jit(run).trace(*shapes)
+
+
+def trace_backward(pull, cotangent):
+    """Traces the backward pass alone, from the shapes of `trace_pull`'s result and the output."""
+    return jax.jit(lambda pull, cotangent: pull(cotangent)).trace(pull, cotangent)
+
+
+def cases(spec: ArgSpec, implementation: str) -> dict[str, Case]:
+    """The operations of NSA and the baselines, by name.
+
+    Their arguments are those of `inputs`. dense_{implementation} is full causal attention through
+    the implementation's own interval_attention, which is what the paper compares with.
+    """
+    where = {"config": spec.nsa, "implementation": implementation}
+
+    def out_of(operation):
+        return lambda q, key_value, *rest: operation(q, *key_value, *rest, **where)[0]
+
+    def select_blocks(q, compressed, lse):
+        return branches.select_blocks(q, compressed[0], lse, **where)
+
+    def nsa(q, compressed, selected, window, gates):
+        return native_sparse_attention(q, compressed, selected, window, gates, **where)[0]
+
+    def dense_cudnn(q, key_value):
+        return dense.dense_attention(q, *key_value, implementation="cudnn")
+
+    def dense_own(q, key_value):
+        return interval_dense(q, key_value, implementation)
+
+    def window_cudnn(q, key_value):
+        return cudnn_window(q, key_value, spec.nsa.window_size)
+
+    everything = ("q", "compressed", "selected", "window", "gates")
+    return {
+        "compressed": Case(out_of(branches.compressed_attention), ("q", "compressed"), 2),
+        "select_blocks": Case(select_blocks, ("q", "compressed", "lse"), 0),
+        "selected": Case(out_of(branches.selected_attention), ("q", "selected", "blocks"), 2),
+        "window": Case(out_of(branches.sliding_window_attention), ("q", "window"), 2),
+        "nsa": Case(nsa, everything, 5),
+        "dense_cudnn": Case(dense_cudnn, ("q", "selected"), 2),
+        f"dense_{implementation}": Case(dense_own, ("q", "selected"), 2),
+        "window_cudnn": Case(window_cudnn, ("q", "window"), 2),
+    }
+
+
+def interval_dense(q, key_value, implementation: str):
+    """Full causal attention as intervals that begin at 0."""
+    hi = jnp.broadcast_to(jnp.arange(1, q.shape[1] + 1, dtype=jnp.int32), q.shape[:2])
+    lo, scale = jnp.zeros_like(hi), q.shape[-1] ** -0.5
+    run = functools.partial(dispatch.run, "interval_attention", implementation)
+    return run(q, *key_value, lo, hi, scale=scale)[0]
+
+
+def cudnn_window(q, key_value, window_size: int):
+    """A sliding window through cuDNN, with zeros where it wants equal sizes of keys and values."""
+    size, v_head_dim = max(q.shape[-1], key_value[1].shape[-1]), key_value[1].shape[-1]
+    dense.resolve("cudnn", q.dtype, size)  # raises where cuDNN cannot run
+    scale = q.shape[-1] ** -0.5
+    padded = (jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])]) for x in (q, *key_value))
+    out = jax.nn.dot_product_attention(
+        *padded,
+        scale=scale,
+        is_causal=True,
+        local_window_size=(window_size - 1, 0),
+        implementation="cudnn",
+    )
+    return out[..., :v_head_dim]
+
+
+def inputs(spec: ArgSpec, implementation: str, names) -> Callable[[], dict]:
+    """Returns a function, to be compiled, that makes the inputs of cases.
+
+    Those of native_sparse_attention in bfloat16; a "cotangent" of the outputs; and, if `names` has
+    them, "lse" of the compressed branch and "blocks", what select_blocks chooses of the same data.
+    """
+    where = {"config": spec.nsa, "implementation": implementation}
+
+    def make():
+        arrays = random_inputs(spec, dtype=jnp.bfloat16)
+        q, (k, v) = arrays["q"], arrays["compressed"]
+        shape = (*q.shape[:3], v.shape[-1])
+        arrays["cotangent"] = jax.random.normal(jax.random.key(1), shape, q.dtype)
+        if "lse" in names or "blocks" in names:
+            arrays["lse"] = branches.compressed_attention(q, k, v, **where)[1]
+        if "blocks" in names:
+            arrays["blocks"] = branches.select_blocks(q, k, arrays["lse"], **where)
+        return arrays
+
+    return make
+
+
+def hardware(module: str) -> dict:
+    """What the numbers of a benchmark were measured with.
+
+    Args:
+      module: its name, for the command.
+    """
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
+    record = {
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "device": jax.devices()[0].device_kind,
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+    }
+    for package in _PACKAGES:
+        try:
+            record[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return record

@@ -1,0 +1,129 @@
+"""What the kernels share on the device, and the sizes that they are compiled for.
+
+Softmax is in base 2, since exp2 is one instruction: scores are multiplied by scale * log2(e), and
+only `lse` in memory is natural. Offsets are 32-bit inside a tile and 64-bit to its beginning.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LARGEST_INT = tl.constexpr(2147483647)
+
+
+def padded(size: int) -> int:
+    """The width of a tile for `size` features: a power of two that tl.dot takes."""
+    return max(triton.next_power_of_2(size), 16)
+
+
+@triton.jit
+def load_tile(base, offset, mask, SIZE: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
+    """Loads [len(offset), PADDED] elements, zeros beyond SIZE columns and, if MASKED, outside the
+    row mask."""
+    column = tl.arange(0, PADDED)
+    pointer = base + offset[:, None] + column[None, :]
+    if MASKED and SIZE < PADDED:
+        return tl.load(pointer, mask=mask[:, None] & (column < SIZE)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(pointer, mask=mask[:, None], other=0.0)
+    elif SIZE < PADDED:
+        return tl.load(pointer, mask=(column < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(pointer)
+
+
+@triton.jit
+def store_tile(base, offset, x, mask, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Stores the first SIZE columns of the rows that the mask names."""
+    column = tl.arange(0, PADDED)
+    pointer = base + offset[:, None] + column[None, :]
+    x = x.to(base.dtype.element_ty)
+    tl.store(pointer, x, mask=mask[:, None] & (column < SIZE)[None, :])
+
+
+@triton.jit
+def key_rows(
+    base, count, STRIDE: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+    PADDED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """What `load_keys` loads from: `count` rows of SIZE features, STRIDE elements apart."""
+    if TMA:
+        rows = tl.make_tensor_descriptor(
+            base, shape=[count, SIZE], strides=[STRIDE, 1], block_shape=[KEYS, PADDED]
+        )
+    else:
+        rows = base
+    return rows
+
+
+@triton.jit
+def load_keys(
+    rows, start, count, STRIDE: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+    PADDED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[KEYS, PADDED] from row `start` on; zeros from row `count` on and beyond SIZE features.
+
+    They must be zeros: a probability of 0 times what memory that nobody sees may hold, a NaN say,
+    is not 0.
+    """
+    if TMA:
+        x = rows.load([start, 0])
+    else:
+        key = tl.arange(0, KEYS)
+        base = rows + start.to(tl.int64) * STRIDE
+        x = load_tile(base, key * STRIDE, start + key < count, SIZE, PADDED, True)
+    return x
+
+
+@triton.jit
+def start_softmax(ROWS: tl.constexpr, VP: tl.constexpr):
+    """A running softmax before its first key: out, maximum and total, in base 2."""
+    out = tl.zeros([ROWS, VP], tl.float32)
+    return out, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+
+
+@triton.jit
+def update_softmax(state, scores, v, chosen, c, CHOSEN: tl.constexpr, PRECISION: tl.constexpr):
+    """Takes a tile of scores and their values into the running softmax of a tile of rows.
+
+    Args:
+      state: from `start_softmax` or this function.
+      scores: [rows, keys], -inf where not seen.
+      v: [keys, V].
+      chosen: [rows], which rows see any of it; read if CHOSEN.
+      c: scale * log2(e), above 0.
+      CHOSEN: whether some rows may not.
+      PRECISION: of the product.
+    """
+    out, maximum, total = state
+    highest = tl.max(scores, 1) * c
+    if CHOSEN:
+        highest = tl.where(chosen, highest, float("-inf"))
+    new_maximum = tl.maximum(maximum, highest)
+    # A row that has seen nothing yet; -inf - -inf would be NaN.
+    offset = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    decay = tl.exp2(maximum - offset)
+    if CHOSEN:  # by row, which costs nothing an element: exp2 of -inf is 0
+        offset = tl.where(chosen, offset, float("inf"))
+    p = tl.exp2(scores * c - offset[:, None])
+    total = total * decay + tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v, out * decay[:, None], input_precision=PRECISION)
+    return out, new_maximum, total
+
+
+@triton.jit
+def finish_softmax(state):
+    """The output, 0 on an empty row, and the natural lse, -inf there."""
+    out, maximum, total = state
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    lse = tl.where(some, (maximum + tl.log2(total)) * LN2, float("-inf"))
+    return out / total[:, None], lse
+
+
+@triton.jit
+def load_lse2(lse, mask):
+    """lse in base 2; +inf on an empty row, so that its probabilities are 0."""
+    lse2 = tl.load(lse, mask=mask, other=0.0) * LOG2E
+    return tl.where(lse2 == float("-inf"), float("inf"), lse2)

@@ -1,0 +1,369 @@
+"""interval_attention: each query attends one interval of keys.
+
+The T * G rows of a group (see the package) are cut into tiles. Forward and for dq, a tile of rows
+walks the keys from its smallest lo to its largest hi. For dk and dv, a tile of keys walks the rows
+that may see it, which lie together because lo and hi do not decrease. Steps that every row of the
+tile sees whole skip the mask. No program adds to what another one wrote.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from pallas_kernels.triton import launch, tuning
+from pallas_kernels.triton.common import (
+    LOG2E,
+    finish_softmax,
+    key_rows,
+    load_keys,
+    load_lse2,
+    load_tile,
+    padded,
+    start_softmax,
+    store_tile,
+    update_softmax,
+)
+from pallas_kernels.triton.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
+
+#: Programs that keep the largest chips busy to the end. Fewer tiles of keys than that have their
+#: queries split among several programs, whose sums are added in order.
+ENOUGH_PROGRAMS = 2048
+LARGEST_SPLIT = 32
+
+#: Keys up to which an interval counts as short: its programs begin and end more than they walk.
+SHORT = 1024
+
+
+@triton.jit
+def _steps(first, end, whole_first, whole_end, SIZE: tl.constexpr):
+    """Cuts [first, end) into steps of SIZE, of which those in [head, tail) lie in the whole range.
+
+    Returns:
+      The number of steps, head, and tail.
+    """
+    steps = tl.cdiv(tl.maximum(end - first, 0), SIZE)
+    head = tl.cdiv(tl.maximum(whole_first - first, 0), SIZE)
+    tail = tl.maximum(tl.minimum(whole_end, end) - first, 0) // SIZE
+    return steps, head, tail
+
+
+@triton.jit
+def _query_tile(
+    lo, hi, tile, batch, group, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
+    G: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows, and the keys that it walks.
+
+    lo and hi do not decrease: the first and the last query bound what any and what all rows see.
+
+    Returns:
+      The index of its first head; the offsets of its heads from there; which rows are real; their
+      lo and hi; the first key and the one after the last; and `_steps` of them.
+    """
+    row = tile * ROWS + tl.arange(0, ROWS)
+    query = row // G
+    valid = query < T
+    first_query = tile * ROWS // G
+    last_query = tl.minimum((tile * ROWS + ROWS - 1) // G, T - 1)
+    head_index = (batch * T + first_query).to(tl.int64) * N + group * G
+    offset = (query - first_query) * N + row % G
+    lo += batch * T
+    hi += batch * T
+    first = tl.maximum(tl.load(lo + first_query), 0)
+    end = tl.minimum(tl.load(hi + last_query), S)
+    whole_first, whole_end = tl.load(lo + last_query), tl.load(hi + first_query)
+    steps, head, tail = _steps(first, end, whole_first, whole_end, KEYS)
+    row_lo = tl.load(lo + query, mask=valid, other=0)
+    row_hi = tl.load(hi + query, mask=valid, other=0)
+    return head_index, offset, valid, row_lo, row_hi, first, end, steps, head, tail
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v, lo, hi, out, lse, SCALE: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
+    VP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows. Grid: tiles, the longest rows first; batch * K."""
+    c: tl.constexpr = SCALE * LOG2E
+    batch, group = tl.program_id(1) // K, tl.program_id(1) % K
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head_index, offset, valid, row_lo, row_hi, first, end, steps, head, tail = _query_tile(
+        lo, hi, tile, batch, group, T, S, N, N // K, ROWS, KEYS
+    )
+    q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
+    first_head = (batch * S + first).to(tl.int64) * K + group
+    count = tl.maximum(end - first, 1)
+    k_rows = key_rows(k + first_head * H, count, K * H, H, KEYS, HP, TMA)
+    v_rows = key_rows(v + first_head * V, count, K * V, V, KEYS, VP, TMA)
+    state = start_softmax(ROWS, VP)
+    for i in range(0, steps):
+        k_tile = load_keys(k_rows, i * KEYS, count, K * H, H, KEYS, HP, TMA)
+        v_tile = load_keys(v_rows, i * KEYS, count, K * V, V, KEYS, VP, TMA)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        if (i < head) | (i >= tail):
+            key = first + i * KEYS + tl.arange(0, KEYS)
+            seen = (key[None, :] >= row_lo[:, None]) & (key[None, :] < row_hi[:, None])
+            scores = tl.where(seen & (key < end)[None, :], scores, float("-inf"))
+        state = update_softmax(state, scores, v_tile, valid, c, False, PRECISION)
+    out_tile, lse_tile = finish_softmax(state)
+    store_tile(out + head_index * V, offset * V, out_tile, valid, V, VP)
+    tl.store(lse + head_index + offset, lse_tile, mask=valid)
+
+
+@triton.jit
+def _dq_kernel(
+    q, k, v, lo, hi, out, lse, d_out, d_lse, dq, delta, SCALE: tl.constexpr, T: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+    HP: tl.constexpr, VP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of rows, and delta for `_dkv_kernel`. Grid as in `_forward_kernel`."""
+    c: tl.constexpr = SCALE * LOG2E
+    batch, group = tl.program_id(1) // K, tl.program_id(1) % K
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head_index, offset, valid, row_lo, row_hi, first, end, steps, head, tail = _query_tile(
+        lo, hi, tile, batch, group, T, S, N, N // K, ROWS, KEYS
+    )
+    q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
+    d_out_tile = load_tile(d_out + head_index * V, offset * V, valid, V, VP, True)
+    out_tile = load_tile(out + head_index * V, offset * V, valid, V, VP, True)
+    row_delta = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
+    row_delta -= tl.load(d_lse + head_index + offset, mask=valid, other=0.0)
+    tl.store(delta + head_index + offset, row_delta, mask=valid)
+    lse2 = load_lse2(lse + head_index + offset, valid)
+    first_head = (batch * S + first).to(tl.int64) * K + group
+    count = tl.maximum(end - first, 1)
+    k_rows = key_rows(k + first_head * H, count, K * H, H, KEYS, HP, TMA)
+    v_rows = key_rows(v + first_head * V, count, K * V, V, KEYS, VP, TMA)
+    dq_tile = tl.zeros([ROWS, HP], tl.float32)
+    for i in range(0, steps):
+        k_tile = load_keys(k_rows, i * KEYS, count, K * H, H, KEYS, HP, TMA)
+        v_tile = load_keys(v_rows, i * KEYS, count, K * V, V, KEYS, VP, TMA)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        if (i < head) | (i >= tail):
+            key = first + i * KEYS + tl.arange(0, KEYS)
+            seen = (key[None, :] >= row_lo[:, None]) & (key[None, :] < row_hi[:, None])
+            scores = tl.where(seen & (key < end)[None, :], scores, float("-inf"))
+        p = tl.exp2(scores * c - lse2[:, None])
+        dp = tl.dot(d_out_tile, tl.trans(v_tile), input_precision=PRECISION)
+        ds = p * (dp - row_delta[:, None])
+        dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+    store_tile(dq + head_index * H, offset * H, dq_tile * SCALE, valid, H, HP)
+
+
+@triton.jit
+def _dkv_kernel(
+    q, k, v, lo, hi, lse, d_out, delta, bounds, dk, dv, SCALE: tl.constexpr, B: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+    V: tl.constexpr, HP: tl.constexpr, VP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys from one of SPLITS chunks of the queries.
+
+    Grid: tiles of keys, fastest, so that programs that run together read the same queries, times
+    chunks; batch * K.
+    """
+    G: tl.constexpr = N // K
+    c: tl.constexpr = SCALE * LOG2E
+    CHUNK: tl.constexpr = (T + SPLITS - 1) // SPLITS
+    TILES: tl.constexpr = (S + KEYS - 1) // KEYS
+    batch, group = tl.program_id(1) // K, tl.program_id(1) % K
+    tile, split = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    bounds += (batch * TILES + tile) * 4
+    first = tl.maximum(tl.load(bounds), split * CHUNK)
+    end = tl.minimum(tl.load(bounds + 1), (split + 1) * CHUNK)
+    whole_first, whole_end = tl.load(bounds + 2), tl.load(bounds + 3)
+    steps, head, tail = _steps(first * G, end * G, whole_first * G, whole_end * G, ROWS)
+
+    at = tile * KEYS + tl.arange(0, KEYS)
+    first_head = (batch * S + tile * KEYS).to(tl.int64) * K + group
+    k_offset = tl.arange(0, KEYS) * K
+    k_tile = load_tile(k + first_head * H, k_offset * H, at < S, H, HP, True)
+    v_tile = load_tile(v + first_head * V, k_offset * V, at < S, V, VP, True)
+    dk_tile, dv_tile = tl.zeros([KEYS, HP], tl.float32), tl.zeros([KEYS, VP], tl.float32)
+    for i in range(0, steps):
+        start = first * G + i * ROWS
+        row = start + tl.arange(0, ROWS)
+        query = row // G
+        valid = query < end
+        head_index = (batch * T + start // G).to(tl.int64) * N + group * G
+        offset = (query - start // G) * N + row % G
+        q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
+        d_out_tile = load_tile(d_out + head_index * V, offset * V, valid, V, VP, True)
+        lse2 = load_lse2(lse + head_index + offset, valid)
+        row_delta = tl.load(delta + head_index + offset, mask=valid, other=0.0)
+        masked = (i < head) | (i >= tail)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        if masked:
+            row_lo = tl.load(lo + batch * T + query, mask=valid, other=0)
+            row_hi = tl.load(hi + batch * T + query, mask=valid, other=0)
+            seen = (at[:, None] >= row_lo[None, :]) & (at[:, None] < row_hi[None, :])
+            scores = tl.where(seen, scores, float("-inf"))
+        p = tl.exp2(scores * c - lse2[None, :])
+        dv_tile = tl.dot(p.to(q_tile.dtype), d_out_tile, dv_tile, input_precision=PRECISION)
+        dp = tl.dot(v_tile, tl.trans(d_out_tile), input_precision=PRECISION)
+        if masked:
+            dp = tl.where(p > 0, dp, 0.0)  # of a key that nobody sees it may be NaN
+        ds = p * (dp - row_delta[None, :])
+        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+    first_head += (split * B * S).to(tl.int64) * K
+    store_tile(dk + first_head * H, k_offset * H, dk_tile * SCALE, at < S, H, HP)
+    store_tile(dv + first_head * V, k_offset * V, dv_tile, at < S, V, VP)
+
+
+def _sizes(q, k, v, scale):
+    """The constants that all three kernels are compiled for."""
+    return {
+        "SCALE": scale,
+        "T": q.shape[1],
+        "S": k.shape[1],
+        "N": q.shape[2],
+        "K": k.shape[2],
+        "H": q.shape[3],
+        "V": v.shape[3],
+        "HP": padded(q.shape[3]),
+        "VP": padded(v.shape[3]),
+        "PRECISION": launch.precision(q.dtype),
+    }
+
+
+def _tuning(kernel, q, v, longest=None):
+    if longest is not None and longest <= SHORT:
+        kernel = f"{kernel}_short"
+    return tuning.lookup(kernel, head_dim=q.shape[3], v_head_dim=v.shape[3], dtype=q.dtype)
+
+
+def _launch_over_rows(kernel, cut, q, k, v, rest, out_type, scale):
+    """Launches one program for each tile of rows."""
+    rows = q.shape[1] * q.shape[2] // k.shape[2]
+    return launch.launch(
+        kernel,
+        *(q, k, v, *rest),
+        out_type=out_type,
+        grid=(triton.cdiv(rows, cut.rows), q.shape[0] * k.shape[2]),
+        num_warps=cut.num_warps,
+        num_stages=cut.num_stages,
+        ROWS=cut.rows,
+        KEYS=cut.keys,
+        TMA=launch.use_tma(k, v),
+        **_sizes(q, k, v, scale),
+    )
+
+
+def _forward(q, k, v, lo, hi, *, scale, longest):
+    out_type = (
+        jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
+        jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
+    )
+    cut = _tuning("interval_forward", q, v, longest)
+    return _launch_over_rows(_forward_kernel, cut, q, k, v, (lo, hi), out_type, scale)
+
+
+def _row_bounds(lo, hi, num_keys, size):
+    """For each tile of keys, the queries that see some of it and those that see all of it.
+
+    Returns:
+      int32 [B, tiles, 4]: the first of the former and the one after their last, then likewise.
+    """
+    start = jnp.arange(0, num_keys, size, dtype=jnp.int32)
+    end = jnp.minimum(start + size, num_keys)
+
+    def one_row(lo, hi):
+        hi = jnp.minimum(hi, num_keys)
+        bounds = (
+            jnp.searchsorted(hi, start, side="right"),
+            jnp.searchsorted(lo, end, side="left"),
+            jnp.searchsorted(hi, start + size, side="left"),
+            jnp.searchsorted(lo, start, side="right"),
+        )
+        return jnp.stack(bounds, axis=-1).astype(jnp.int32)
+
+    return jax.vmap(one_row)(lo, hi)
+
+
+def _splits(programs, num_queries):
+    """How many chunks the queries are split into, so that there are enough programs."""
+    return max(min(ENOUGH_PROGRAMS // programs, LARGEST_SPLIT, triton.cdiv(num_queries, 64)), 1)
+
+
+def _key_gradients(q, k, v, lo, hi, lse, d_out, delta, cut, scale):
+    if k.shape[1] == 0:
+        return jnp.zeros_like(k), jnp.zeros_like(v)
+    batch, num_queries = q.shape[:2]
+    tiles = triton.cdiv(k.shape[1], cut.keys)
+    splits = _splits(tiles * batch * k.shape[2], num_queries)
+    partial = k.dtype if splits == 1 else jnp.float32
+    dk, dv = launch.launch(
+        _dkv_kernel,
+        *(q, k, v, lo, hi, lse, d_out, delta, _row_bounds(lo, hi, k.shape[1], cut.keys)),
+        out_type=tuple(jax.ShapeDtypeStruct((splits, *x.shape), partial) for x in (k, v)),
+        grid=(tiles * splits, batch * k.shape[2]),
+        num_warps=cut.num_warps,
+        num_stages=cut.num_stages,
+        B=batch,
+        ROWS=cut.rows,
+        KEYS=cut.keys,
+        SPLITS=splits,
+        **_sizes(q, k, v, scale),
+    )
+    return tuple(sum(x[i] for i in range(splits)).astype(k.dtype) for x in (dk, dv))
+
+
+def _backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
+    out_type = (
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct(lse.shape, jnp.float32),
+    )
+    rest = (lo, hi, out, lse, d_out, d_lse)
+    cut = _tuning("interval_dq", q, v, longest)
+    dq, delta = _launch_over_rows(_dq_kernel, cut, q, k, v, rest, out_type, scale)
+    cut = _tuning("interval_dkv", q, v)
+    return dq, *_key_gradients(q, k, v, lo, hi, lse, d_out, delta, cut, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, lo, hi, scale, longest):
+    forward = functools.partial(_forward, scale=scale, longest=longest)
+    return launch.batched(forward)(q, k, v, lo, hi)
+
+
+def _attention_forward(q, k, v, lo, hi, scale, longest):
+    out, lse = _attention(q, k, v, lo, hi, scale, longest)
+    return (out, lse), (q, k, v, lo, hi, out, lse)
+
+
+def _attention_backward(scale, longest, residuals, gradients):
+    backward = functools.partial(_backward, scale=scale, longest=longest)
+    return *launch.batched(backward)(*residuals, *gradients), None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def interval_attention(q, k, v, lo, hi, scale, longest=None):
+    """Attention of query t over the keys j with lo[b, t] <= j < hi[b, t].
+
+    Differentiable in q, k, v, through both results. FlashAttention's forward (arXiv 2307.08691);
+    backward, one kernel for dq and one for dk and dv, without atomics. Keys before the first lo and
+    from the last hi of a tile of queries on are never read, whatever they hold.
+
+    Args:
+      q: queries [B, T, N, H], bfloat16, float16 or float32.
+      k: keys [B, S, K, H]; K divides N.
+      v: values [B, S, K, V].
+      lo: int32 [B, T], not decreasing along t.
+      hi: int32 [B, T], not decreasing along t; a row with hi <= lo is empty.
+      scale: a Python number that multiplies the scores.
+      longest: a bound on hi - lo, if one is known; short intervals are tuned apart.
+
+    Returns:
+      out [B, T, N, V] in q's dtype, exactly 0 on an empty row, and lse [B, T, N] float32, the
+      natural logarithm of the softmax's denominator, -inf on an empty row.
+    """
+    q, scale = launch.positive_scale(q, scale)
+    return _attention(q, k, v, lo, hi, scale, longest)

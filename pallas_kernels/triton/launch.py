@@ -1,0 +1,148 @@
+"""The one call of jax-triton, how vmap reaches a kernel, and what Triton refuses."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+
+DTYPES = ("bfloat16", "float16", "float32")
+OLDEST_CAPABILITY = 8.0  # Ampere
+LARGEST_ODD_BLOCK = 64
+MOST_SELECTED = 128
+
+
+def launch(kernel, *arrays, out_type, grid, num_warps, num_stages, **constants):
+    """Runs a Triton kernel on arrays, then outputs, then compile-time constants by name.
+
+    Args:
+      kernel: a function decorated by `triton.jit`.
+      *arrays: its first operands.
+      out_type: a pytree of `jax.ShapeDtypeStruct`, its next operands.
+      grid: how many programs to launch, in up to three dimensions.
+      num_warps: warps a program.
+      num_stages: depth of the software pipeline.
+      **constants: its constexpr parameters.
+
+    Returns:
+      The outputs, arranged as `out_type`.
+    """
+    import jax_triton
+
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        out_type=out_type,
+        grid=grid,
+        name=kernel.__name__,
+        backend_options={
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            # Fused multiply-adds, whatever the default of the installed Triton.
+            "enable_fp_fusion": True,
+        },
+        **constants,
+    )
+
+
+def batched(function):
+    """Makes vmap fold the mapped axis into the batch, which leads every argument and result."""
+    function = jax.custom_batching.custom_vmap(function)
+
+    @function.def_vmap
+    def rule(axis_size, in_batched, *args):
+        def fold(x, is_batched):
+            if not is_batched:
+                x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
+
+        def unfold(x):
+            return x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:])
+
+        results = jax.tree.map(unfold, function(*map(fold, args, in_batched)))
+        return results, jax.tree.map(lambda _: True, results)
+
+    return function
+
+
+def positive_scale(q, scale):
+    """Moves the sign of the scale, or its being 0, into q: the kernels want a scale above 0."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (0 * q, 1.0)
+
+
+def precision(dtype) -> str:
+    """How `tl.dot` multiplies operands of a dtype.
+
+    float32 is never rounded to tf32: three products of tf32 parts keep its accuracy, at a quarter
+    of the time that the plain float32 units take.
+    """
+    return "tf32x3" if jnp.dtype(dtype) == jnp.float32 else "ieee"
+
+
+def use_tma(*arrays) -> bool:
+    """Whether rows of these arrays can be loaded by the tensor memory accelerator, since Hopper.
+
+    Its rows begin at multiples of 16 bytes.
+    """
+    _, capability = device()
+    return capability >= 9 and all(x.dtype.itemsize == 2 and x.shape[-1] % 8 == 0 for x in arrays)
+
+
+@functools.cache
+def device() -> tuple[str, float]:
+    """The kind of the process' first device, and its compute capability; 0 if it has none."""
+    first = jax.devices()[0]
+    capability = getattr(first, "compute_capability", 0) if first.platform == "gpu" else 0
+    return first.device_kind, float(capability)
+
+
+def refusal(operation: str, *args, **kwargs) -> str | None:
+    """Why Triton cannot run such a call here, or None; see `pallas_kernels.KERNELS`."""
+    kind, capability = device()
+    if capability < OLDEST_CAPABILITY:
+        return f"triton needs an NVIDIA GPU since Ampere, and JAX runs on {kind} here."
+    if importlib.util.find_spec("jax_triton") is None:
+        return "triton needs jax-triton; pip install 'nsa-jax[cuda13]' installs it."
+    if not args:
+        return None
+    names = ("q", "k", "v")[: 2 if operation == "select_blocks" else 3]
+    return _arrays_refusal(dict(zip(names, args, strict=False)), operation, kind) or _sizes_refusal(
+        kwargs.get("block_size", 64), kwargs.get("num_selected_blocks", 16)
+    )
+
+
+def _arrays_refusal(arrays, operation, kind):
+    from pallas_kernels.triton import tuning
+
+    dtypes = {x.dtype.name for x in arrays.values()}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        return f"triton takes one dtype of {', '.join(DTYPES)}, not {', '.join(sorted(dtypes))}."
+    for name, x in arrays.items():
+        if x.shape[-1] > tuning.FEATURES[-1]:
+            return (
+                f"triton takes up to {tuning.FEATURES[-1]} features a head, "
+                f"and {name} has {x.shape[-1]}."
+            )
+    if operation == "select_blocks":
+        q = arrays["q"]
+        size = {"head_dim": q.shape[-1], "v_head_dim": q.shape[-1], "dtype": q.dtype}
+        try:
+            tuning.lookup(operation, **size)
+        except KeyError:
+            return (
+                f"triton's select_blocks has no room for {q.shape[-1]} float32 features on {kind}."
+            )
+    return None
+
+
+def _sizes_refusal(block_size, num_selected):
+    if block_size > LARGEST_ODD_BLOCK and block_size & (block_size - 1):
+        return (
+            f"triton takes selection blocks of up to {LARGEST_ODD_BLOCK} tokens, or of a power of "
+            f"two, not {block_size}."
+        )
+    if num_selected > MOST_SELECTED:
+        return f"triton selects up to {MOST_SELECTED} blocks, not {num_selected}."
+    return None

@@ -1,0 +1,120 @@
+"""Runs the Triton kernels on a CPU: Triton's interpreter over NumPy arrays, called from JAX.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, so whoever uses this module sets it before
+importing a kernel, in a process of its own. The interpreter multiplies bfloat16 wrongly; float32
+and float16 are right.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import interpreter_semantic
+
+from pallas_kernels.triton import launch, tuning
+
+
+class HostTensor:
+    """As much of a torch tensor as Triton's interpreter asks for, over a NumPy array."""
+
+    def __init__(self, array):
+        self.array = array
+        self.dtype = array.dtype.name
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    # The interpreter copies a tensor's storage to the host and back; here all three are one.
+    def untyped_storage(self):
+        return self
+
+    def new_empty(self, *_, **__):
+        return self
+
+    def set_(self, *_):
+        return self
+
+    def cpu(self):
+        return self
+
+    def storage_offset(self):
+        return 0
+
+    def size(self):
+        return self.array.shape
+
+    def stride(self):
+        return tuple(s // self.array.itemsize for s in self.array.strides)
+
+    def copy_(self, _):
+        return self
+
+
+def tensor_range(*bounds):
+    """A `range` that yields tensors if a bound is one, as loops of compiled kernels do."""
+    steps = range(*map(int, bounds))
+    if any(isinstance(bound, tl.tensor) for bound in bounds):
+        return map(interpreter_semantic.to_tensor, steps)
+    return steps
+
+
+def interpreted_launch(kernel, *arrays, out_type, grid, num_warps, num_stages, **constants):
+    """Takes the place of `launch.launch`. Outputs start as NaN, or as a large integer."""
+    del num_warps, num_stages
+    leaves, tree = jax.tree.flatten(out_type)
+    kernel.fn.__globals__.setdefault("range", tensor_range)
+
+    def run(*arrays):
+        arrays = [np.array(x) for x in arrays]
+        poison = {"f": np.nan, "i": 123456789}
+        outputs = [np.full(x.shape, poison[np.dtype(x.dtype).kind], x.dtype) for x in leaves]
+        with np.errstate(all="ignore"):
+            kernel[grid if isinstance(grid, tuple) else (grid,)](
+                *map(HostTensor, [*arrays, *outputs]), **constants
+            )
+        return tuple(outputs)
+
+    outputs = jax.pure_callback(run, tuple(leaves), *arrays)
+    return jax.tree.unflatten(tree, outputs)
+
+
+def install(capability: float = 9.0, **tunings: tuning.Tuning):
+    """Makes every launch an interpreted one, as if on a GPU of this compute capability."""
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("start Python with TRITON_INTERPRET=1 in its environment")
+    launch.launch = interpreted_launch
+    launch.device = lambda: ("interpreter", capability)
+    tuning.override(**tunings).__enter__()
+
+
+def normal(seed, shape, dtype=jnp.float32):
+    """Normal random numbers."""
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def random_arrays(queries, keys, groups, group, head_dim, v_head_dim, dtype=jnp.float32):
+    """q, k and v of two rows with `group` query heads in each of `groups` groups."""
+    return (
+        normal(1, (2, queries, groups * group, head_dim), dtype),
+        normal(2, (2, keys, groups, head_dim), dtype),
+        normal(3, (2, keys, groups, v_head_dim), dtype),
+    )
+
+
+def value_and_gradients(attention, q, k, v):
+    """out, lse, dq, dk and dv of a function of q, k and v, from random cotangents of both."""
+    (out, lse), pull = jax.vjp(attention, q, k, v)
+    # In q's dtype first, so that they are the same whatever dtype the function returns.
+    d_out = normal(98, out.shape).astype(q.dtype).astype(out.dtype)
+    return out, lse, *pull((d_out, normal(99, lse.shape)))
+
+
+def assert_close(actual, expected, dtype):
+    """Compares what `value_and_gradients` returns with the same in float32, by each one's scale."""
+    # Sums in another order; in float16 inputs, probabilities and results are rounded to 11 bits.
+    tolerance = {jnp.float32: 1e-5, jnp.float16: 4e-3}[jnp.dtype(dtype).type]
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+        x, y = (np.asarray(value, np.float32) for value in (x, y))
+        scale = max(np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max(initial=0.0), 1.0)
+        np.testing.assert_allclose(x, y, atol=tolerance * scale, rtol=0, err_msg=name)
