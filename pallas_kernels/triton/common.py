@@ -34,46 +34,34 @@ def load_tile(base, offset, mask, SIZE: tl.constexpr, PADDED: tl.constexpr, MASK
 
 
 @triton.jit
+def load_rows(
+    loader, base, first_row, start, group, K: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one head of an array [B, S, K, SIZE] from `start` on, all of which exist.
+
+    Args:
+      loader: from `launch.row_loader`; a descriptor if TMA, else not used.
+      base: pointer to the head at `first_row`.
+      first_row: the row, counted over the batch, that start counts from.
+      start: the first row to load.
+      group: the head.
+    """
+    if TMA:
+        return loader.load([first_row + start, group * SIZE])
+    else:
+        at = tl.arange(0, ROWS)
+        base += start.to(tl.int64) * (K * SIZE)
+        return load_tile(base, at * (K * SIZE), at, SIZE, PADDED, False)
+
+
+@triton.jit
 def store_tile(base, offset, x, mask, SIZE: tl.constexpr, PADDED: tl.constexpr):
     """Stores the first SIZE columns of the rows that the mask names."""
     column = tl.arange(0, PADDED)
     pointer = base + offset[:, None] + column[None, :]
     x = x.to(base.dtype.element_ty)
     tl.store(pointer, x, mask=mask[:, None] & (column < SIZE)[None, :])
-
-
-@triton.jit
-def key_rows(
-    base, count, STRIDE: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
-    PADDED: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """What `load_keys` loads from: `count` rows of SIZE features, STRIDE elements apart."""
-    if TMA:
-        rows = tl.make_tensor_descriptor(
-            base, shape=[count, SIZE], strides=[STRIDE, 1], block_shape=[KEYS, PADDED]
-        )
-    else:
-        rows = base
-    return rows
-
-
-@triton.jit
-def load_keys(
-    rows, start, count, STRIDE: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
-    PADDED: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """[KEYS, PADDED] from row `start` on; zeros from row `count` on and beyond SIZE features.
-
-    They must be zeros: a probability of 0 times what memory that nobody sees may hold, a NaN say,
-    is not 0.
-    """
-    if TMA:
-        x = rows.load([start, 0])
-    else:
-        key = tl.arange(0, KEYS)
-        base = rows + start.to(tl.int64) * STRIDE
-        x = load_tile(base, key * STRIDE, start + key < count, SIZE, PADDED, True)
-    return x
 
 
 @triton.jit

@@ -17,9 +17,8 @@ from pallas_kernels.triton import launch, tuning
 from pallas_kernels.triton.common import (
     LOG2E,
     finish_softmax,
-    key_rows,
-    load_keys,
     load_lse2,
+    load_rows,
     load_tile,
     padded,
     start_softmax,
@@ -39,15 +38,15 @@ SHORT = 1024
 
 @triton.jit
 def _steps(first, end, whole_first, whole_end, SIZE: tl.constexpr):
-    """Cuts [first, end) into steps of SIZE, of which those in [head, tail) lie in the whole range.
+    """Cuts [first, end) into steps of SIZE, of which `whole` from `head` on lie in the whole range.
 
     Returns:
-      The number of steps, head, and tail.
+      The number of steps, head, and whole.
     """
     steps = tl.cdiv(tl.maximum(end - first, 0), SIZE)
-    head = tl.cdiv(tl.maximum(whole_first - first, 0), SIZE)
-    tail = tl.maximum(tl.minimum(whole_end, end) - first, 0) // SIZE
-    return steps, head, tail
+    head = tl.minimum(tl.cdiv(tl.maximum(whole_first - first, 0), SIZE), steps)
+    whole = tl.maximum(tl.minimum(whole_end, end) - first, 0) // SIZE - head
+    return steps, head, tl.maximum(whole, 0)
 
 
 @triton.jit
@@ -75,40 +74,63 @@ def _query_tile(
     first = tl.maximum(tl.load(lo + first_query), 0)
     end = tl.minimum(tl.load(hi + last_query), S)
     whole_first, whole_end = tl.load(lo + last_query), tl.load(hi + first_query)
-    steps, head, tail = _steps(first, end, whole_first, whole_end, KEYS)
+    steps, head, whole = _steps(first, end, whole_first, whole_end, KEYS)
     row_lo = tl.load(lo + query, mask=valid, other=0)
     row_hi = tl.load(hi + query, mask=valid, other=0)
-    return head_index, offset, valid, row_lo, row_hi, first, end, steps, head, tail
+    return head_index, offset, valid, row_lo, row_hi, first, end, steps, head, whole
+
+
+@triton.jit
+def _masked_keys(
+    k, v, first, i, end, row_lo, row_hi, K: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+    HP: tl.constexpr, VP: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Step i of keys and values, zeros where no row sees them, and who sees which.
+
+    They must be zeros: a probability of 0 times what memory that nobody sees may hold, a NaN say,
+    is not 0.
+    """
+    key = first + i * KEYS + tl.arange(0, KEYS)
+    seen = (key[None, :] >= row_lo[:, None]) & (key[None, :] < row_hi[:, None])
+    by_some = (tl.max(seen.to(tl.int32), 0) > 0) & (key < end)
+    at = tl.arange(0, KEYS) * K
+    start = (i * KEYS).to(tl.int64) * K
+    k_tile = load_tile(k + start * H, at * H, by_some, H, HP, True)
+    v_tile = load_tile(v + start * V, at * V, by_some, V, VP, True)
+    return k_tile, v_tile, seen & by_some[None, :]
 
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, lo, hi, out, lse, SCALE: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
-    VP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, k_rows, v_rows, lo, hi, out, lse, SCALE: tl.constexpr, T: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+    HP: tl.constexpr, VP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows. Grid: tiles, the longest rows first; batch * K."""
     c: tl.constexpr = SCALE * LOG2E
     batch, group = tl.program_id(1) // K, tl.program_id(1) % K
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head_index, offset, valid, row_lo, row_hi, first, end, steps, head, tail = _query_tile(
+    head_index, offset, valid, row_lo, row_hi, first, end, steps, head, whole = _query_tile(
         lo, hi, tile, batch, group, T, S, N, N // K, ROWS, KEYS
     )
     q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
-    first_head = (batch * S + first).to(tl.int64) * K + group
-    count = tl.maximum(end - first, 1)
-    k_rows = key_rows(k + first_head * H, count, K * H, H, KEYS, HP, TMA)
-    v_rows = key_rows(v + first_head * V, count, K * V, V, KEYS, VP, TMA)
+    first_row = batch * S + first
+    k += (first_row.to(tl.int64) * K + group) * H
+    v += (first_row.to(tl.int64) * K + group) * V
     state = start_softmax(ROWS, VP)
-    for i in range(0, steps):
-        k_tile = load_keys(k_rows, i * KEYS, count, K * H, H, KEYS, HP, TMA)
-        v_tile = load_keys(v_rows, i * KEYS, count, K * V, V, KEYS, VP, TMA)
+    for i in range(head, head + whole):
+        k_tile = load_rows(k_rows, k, first_row, i * KEYS, group, K, H, KEYS, HP, K_TMA)
+        v_tile = load_rows(v_rows, v, first_row, i * KEYS, group, K, V, KEYS, VP, V_TMA)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if (i < head) | (i >= tail):
-            key = first + i * KEYS + tl.arange(0, KEYS)
-            seen = (key[None, :] >= row_lo[:, None]) & (key[None, :] < row_hi[:, None])
-            scores = tl.where(seen & (key < end)[None, :], scores, float("-inf"))
+        state = update_softmax(state, scores, v_tile, valid, c, False, PRECISION)
+    for j in range(0, steps - whole):
+        i = tl.where(j < head, j, j + whole)
+        k_tile, v_tile, seen = _masked_keys(
+            k, v, first, i, end, row_lo, row_hi, K, H, V, HP, VP, KEYS
+        )
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        scores = tl.where(seen, scores, float("-inf"))
         state = update_softmax(state, scores, v_tile, valid, c, False, PRECISION)
     out_tile, lse_tile = finish_softmax(state)
     store_tile(out + head_index * V, offset * V, out_tile, valid, V, VP)
@@ -116,17 +138,27 @@ def _forward_kernel(
 
 
 @triton.jit
+def _dq_step(dq_tile, q_tile, d_out_tile, lse2, delta, scores, k_tile, v_tile, c,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """Adds what a tile of keys and values gives to the gradient of a tile of rows, unscaled."""
+    p = tl.exp2(scores * c - lse2[:, None])
+    dp = tl.dot(d_out_tile, tl.trans(v_tile), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+
+
+@triton.jit
 def _dq_kernel(
-    q, k, v, lo, hi, out, lse, d_out, d_lse, dq, delta, SCALE: tl.constexpr, T: tl.constexpr,
-    S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
-    HP: tl.constexpr, VP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, k_rows, v_rows, lo, hi, out, lse, d_out, d_lse, dq, delta, SCALE: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+    V: tl.constexpr, HP: tl.constexpr, VP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of rows, and delta for `_dkv_kernel`. Grid as in `_forward_kernel`."""
     c: tl.constexpr = SCALE * LOG2E
     batch, group = tl.program_id(1) // K, tl.program_id(1) % K
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head_index, offset, valid, row_lo, row_hi, first, end, steps, head, tail = _query_tile(
+    head_index, offset, valid, row_lo, row_hi, first, end, steps, head, whole = _query_tile(
         lo, hi, tile, batch, group, T, S, N, N // K, ROWS, KEYS
     )
     q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
@@ -136,23 +168,27 @@ def _dq_kernel(
     row_delta -= tl.load(d_lse + head_index + offset, mask=valid, other=0.0)
     tl.store(delta + head_index + offset, row_delta, mask=valid)
     lse2 = load_lse2(lse + head_index + offset, valid)
-    first_head = (batch * S + first).to(tl.int64) * K + group
-    count = tl.maximum(end - first, 1)
-    k_rows = key_rows(k + first_head * H, count, K * H, H, KEYS, HP, TMA)
-    v_rows = key_rows(v + first_head * V, count, K * V, V, KEYS, VP, TMA)
+    first_row = batch * S + first
+    k += (first_row.to(tl.int64) * K + group) * H
+    v += (first_row.to(tl.int64) * K + group) * V
     dq_tile = tl.zeros([ROWS, HP], tl.float32)
-    for i in range(0, steps):
-        k_tile = load_keys(k_rows, i * KEYS, count, K * H, H, KEYS, HP, TMA)
-        v_tile = load_keys(v_rows, i * KEYS, count, K * V, V, KEYS, VP, TMA)
+    for i in range(head, head + whole):
+        k_tile = load_rows(k_rows, k, first_row, i * KEYS, group, K, H, KEYS, HP, K_TMA)
+        v_tile = load_rows(v_rows, v, first_row, i * KEYS, group, K, V, KEYS, VP, V_TMA)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if (i < head) | (i >= tail):
-            key = first + i * KEYS + tl.arange(0, KEYS)
-            seen = (key[None, :] >= row_lo[:, None]) & (key[None, :] < row_hi[:, None])
-            scores = tl.where(seen & (key < end)[None, :], scores, float("-inf"))
-        p = tl.exp2(scores * c - lse2[:, None])
-        dp = tl.dot(d_out_tile, tl.trans(v_tile), input_precision=PRECISION)
-        ds = p * (dp - row_delta[:, None])
-        dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+        dq_tile = _dq_step(
+            dq_tile, q_tile, d_out_tile, lse2, row_delta, scores, k_tile, v_tile, c, PRECISION
+        )
+    for j in range(0, steps - whole):
+        i = tl.where(j < head, j, j + whole)
+        k_tile, v_tile, seen = _masked_keys(
+            k, v, first, i, end, row_lo, row_hi, K, H, V, HP, VP, KEYS
+        )
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        scores = tl.where(seen, scores, float("-inf"))
+        dq_tile = _dq_step(
+            dq_tile, q_tile, d_out_tile, lse2, row_delta, scores, k_tile, v_tile, c, PRECISION
+        )
     store_tile(dq + head_index * H, offset * H, dq_tile * SCALE, valid, H, HP)
 
 
@@ -178,7 +214,7 @@ def _dkv_kernel(
     first = tl.maximum(tl.load(bounds), split * CHUNK)
     end = tl.minimum(tl.load(bounds + 1), (split + 1) * CHUNK)
     whole_first, whole_end = tl.load(bounds + 2), tl.load(bounds + 3)
-    steps, head, tail = _steps(first * G, end * G, whole_first * G, whole_end * G, ROWS)
+    steps, head, whole = _steps(first * G, end * G, whole_first * G, whole_end * G, ROWS)
 
     at = tile * KEYS + tl.arange(0, KEYS)
     first_head = (batch * S + tile * KEYS).to(tl.int64) * K + group
@@ -197,7 +233,7 @@ def _dkv_kernel(
         d_out_tile = load_tile(d_out + head_index * V, offset * V, valid, V, VP, True)
         lse2 = load_lse2(lse + head_index + offset, valid)
         row_delta = tl.load(delta + head_index + offset, mask=valid, other=0.0)
-        masked = (i < head) | (i >= tail)
+        masked = (i < head) | (i >= head + whole)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         if masked:
             row_lo = tl.load(lo + batch * T + query, mask=valid, other=0)
@@ -241,16 +277,18 @@ def _tuning(kernel, q, v, longest=None):
 def _launch_over_rows(kernel, cut, q, k, v, rest, out_type, scale):
     """Launches one program for each tile of rows."""
     rows = q.shape[1] * q.shape[2] // k.shape[2]
+    (k_rows, k_tma), (v_rows, v_tma) = (launch.row_loader(x, cut.keys) for x in (k, v))
     return launch.launch(
         kernel,
-        *(q, k, v, *rest),
+        *(q, k, v, k_rows, v_rows, *rest),
         out_type=out_type,
         grid=(triton.cdiv(rows, cut.rows), q.shape[0] * k.shape[2]),
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
         ROWS=cut.rows,
         KEYS=cut.keys,
-        TMA=launch.use_tma(k, v),
+        K_TMA=k_tma,
+        V_TMA=v_tma,
         **_sizes(q, k, v, scale),
     )
 

@@ -81,13 +81,26 @@ def precision(dtype) -> str:
     return "tf32x3" if jnp.dtype(dtype) == jnp.float32 else "ieee"
 
 
-def use_tma(*arrays) -> bool:
-    """Whether rows of these arrays can be loaded by the tensor memory accelerator, since Hopper.
+def row_loader(x, size):
+    """What a kernel loads tiles of `size` whole rows of x [B, S, K, H] from.
 
-    Its rows begin at multiples of 16 bytes.
+    On a GPU that has the tensor memory accelerator, since Hopper, its descriptor of x as
+    [B * S, K * H], if a tile of one head is a box of it; else x. (A descriptor made on the device,
+    which could end where a program's keys do, would need memory that jaxlib allocates at launch,
+    and CUDA graphs, which XLA makes of whole programs, refuse that.)
+
+    Returns:
+      The operand, and whether it is a descriptor.
     """
+    batch, length, heads, features = x.shape
     _, capability = device()
-    return capability >= 9 and all(x.dtype.itemsize == 2 and x.shape[-1] % 8 == 0 for x in arrays)
+    is_box = features >= 16 and features & (features - 1) == 0 and x.dtype.itemsize == 2
+    if capability < 9 or not is_box or x.size == 0:
+        return x, False
+    import jax_triton
+
+    x = x.reshape(batch * length, heads * features)
+    return jax_triton.TensorDescriptor.from_array(x, (size, features)), True
 
 
 @functools.cache

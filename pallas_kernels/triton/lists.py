@@ -104,7 +104,7 @@ def unions(block_indices, q_positions, *, queries: int, block_size: int) -> Unio
         q_positions,
         out_type=(listed, listed, jax.ShapeDtypeStruct((*shape, 2), jnp.int32)),
         grid=(tiles, batch * groups),
-        num_warps=min(entries // _CHUNK.value, 16),  # 2 entries a thread, each against a chunk
+        num_warps=1 if entries == _CHUNK.value else min(entries // 32, 16),
         num_stages=1,
         T=num_queries,
         K=groups,

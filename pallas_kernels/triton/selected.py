@@ -21,9 +21,8 @@ from pallas_kernels.triton.common import (
     LARGEST_INT,
     LOG2E,
     finish_softmax,
-    key_rows,
-    load_keys,
     load_lse2,
+    load_rows,
     load_tile,
     padded,
     start_softmax,
@@ -64,32 +63,38 @@ def _tile_lists(blocks, masks, counts, M: tl.constexpr, QUERIES: tl.constexpr):
 
 
 @triton.jit
-def _some_blocks(
-    blocks, masks, i, count, local, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr,
-    KEYS: tl.constexpr,
+def _masked_step(
+    k, v, blocks, masks, i, count, local, position, keys, K: tl.constexpr, H: tl.constexpr,
+    V: tl.constexpr, HP: tl.constexpr, VP: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Step i where it takes several blocks: its keys, which are real, and who chose them."""
-    slot = tl.arange(0, KEYS)
-    entry = i * (KEYS // PADDED) + slot // PADDED
+    """Step i, of a part of a block or of several: keys, values, and who sees which.
+
+    Keys from `keys` on, which no row sees, are zeros: 0 times a NaN that they may hold is not 0.
+    """
+    slot = i * KEYS + tl.arange(0, KEYS)
+    entry, within = slot // PADDED, slot % PADDED
     block = tl.load(blocks + entry, mask=entry < count, other=0)
     bits = tl.load(masks + entry, mask=entry < count, other=0)
-    real = (entry < count) & (slot % PADDED < BLOCK_SIZE)
+    key = block * BLOCK_SIZE + within
+    real = (entry < count) & (within < BLOCK_SIZE) & (key < keys)
+    at = key.to(tl.int64) * K
+    k_tile = load_tile(k, at * H, real, H, HP, True)
+    v_tile = load_tile(v, at * V, real, V, VP, True)
     chosen = ((bits[None, :] >> local[:, None]) & 1) != 0
-    return block * BLOCK_SIZE + slot % PADDED, real, chosen & real[None, :]
+    return k_tile, v_tile, chosen & (real[None, :] & (key[None, :] <= position[:, None]))
 
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, q_positions, blocks, masks, counts, out, lse, SCALE: tl.constexpr, T: tl.constexpr,
-    S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
-    V: tl.constexpr, HP: tl.constexpr, VP: tl.constexpr, QUERIES: tl.constexpr,
+    q, k, v, k_rows, v_rows, q_positions, blocks, masks, counts, out, lse, SCALE: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr, VP: tl.constexpr, QUERIES: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Grid: tiles, fastest, so that one group's keys stay in cache; B * K."""
     c: tl.constexpr = SCALE * LOG2E
-    ONE_BLOCK: tl.constexpr = (KEYS <= PADDED) and (BLOCK_SIZE == PADDED)
-    PARTS: tl.constexpr = max(PADDED // KEYS, 1)
     batch, group = tl.program_id(1) // K, tl.program_id(1) % K
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head_index, offset, valid, local, position = _query_tile(
@@ -97,45 +102,49 @@ def _forward_kernel(
     )
     blocks, masks, count, whole = _tile_lists(blocks, masks, counts, M, QUERIES)
     q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
-    first_head = (batch * S).to(tl.int64) * K + group
-    keys = tl.minimum(tl.max(position) + 1, S)  # nobody sees later ones
-    k_rows = key_rows(k + first_head * H, keys, K * H, H, KEYS, HP, TMA)
-    v_rows = key_rows(v + first_head * V, keys, K * V, V, KEYS, VP, TMA)
+    k += ((batch * S).to(tl.int64) * K + group) * H
+    v += ((batch * S).to(tl.int64) * K + group) * V
     state = start_softmax(ROWS, VP)
-    for i in range(0, tl.cdiv(count * PADDED, KEYS)):
-        if ONE_BLOCK:
-            start = tl.load(blocks + i // PARTS) * BLOCK_SIZE + i % PARTS * KEYS
-            chosen = ((tl.load(masks + i // PARTS) >> local) & 1) != 0
-            k_tile = load_keys(k_rows, start, keys, K * H, H, KEYS, HP, TMA)
-            v_tile = load_keys(v_rows, start, keys, K * V, V, KEYS, VP, TMA)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            if i >= whole * PARTS:
-                key = start + tl.arange(0, KEYS)
-                seen = key[None, :] <= position[:, None]
-                scores = tl.where(seen, scores, float("-inf"))
-        else:
-            key, real, chosen = _some_blocks(
-                blocks, masks, i, count, local, BLOCK_SIZE, PADDED, KEYS
-            )
-            at = key.to(tl.int64) * K
-            k_tile = load_tile(k_rows, at * H, real & (key < keys), H, HP, True)
-            v_tile = load_tile(v_rows, at * V, real & (key < keys), V, VP, True)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            seen = chosen & (key[None, :] <= position[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-        state = update_softmax(state, scores, v_tile, chosen, c, ONE_BLOCK, PRECISION)
+    whole_steps = whole * PADDED // KEYS if WHOLE else 0
+    for i in range(0, whole_steps):
+        entry = i * KEYS // PADDED
+        start = tl.load(blocks + entry) * BLOCK_SIZE + i * KEYS % PADDED
+        chosen = ((tl.load(masks + entry) >> local) & 1) != 0
+        k_tile = load_rows(k_rows, k, batch * S, start, group, K, H, KEYS, HP, K_TMA)
+        v_tile = load_rows(v_rows, v, batch * S, start, group, K, V, KEYS, VP, V_TMA)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        state = update_softmax(state, scores, v_tile, chosen, c, True, PRECISION)
+    keys = tl.minimum(tl.max(position) + 1, S)
+    for i in range(whole_steps, tl.cdiv(count * PADDED, KEYS)):
+        k_tile, v_tile, seen = _masked_step(
+            k, v, blocks, masks, i, count, local, position, keys, K, H, V, HP, VP, KEYS,
+            BLOCK_SIZE, PADDED,
+        )  # fmt: skip
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        scores = tl.where(seen, scores, float("-inf"))
+        state = update_softmax(state, scores, v_tile, valid, c, False, PRECISION)
     out_tile, lse_tile = finish_softmax(state)
     store_tile(out + head_index * V, offset * V, out_tile, valid, V, VP)
     tl.store(lse + head_index + offset, lse_tile, mask=valid)
 
 
 @triton.jit
+def _dq_step(dq_tile, d_out_tile, lse2, delta, scores, k_tile, v_tile, c, PRECISION: tl.constexpr):
+    """Adds what a tile of keys and values gives to dq [HP, rows]; scores are [keys, rows]."""
+    p = tl.exp2(scores * c - lse2[None, :])
+    dp = tl.dot(v_tile, d_out_tile, input_precision=PRECISION)
+    ds = (p * (dp - delta[None, :])).to(k_tile.dtype)
+    return tl.dot(tl.trans(k_tile), ds, dq_tile, input_precision=PRECISION)
+
+
+@triton.jit
 def _dq_kernel(
-    q, k, v, q_positions, blocks, masks, counts, out, lse, d_out, d_lse, dq, delta,
-    SCALE: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr, VP: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PADDED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, k_rows, v_rows, q_positions, blocks, masks, counts, out, lse, d_out, d_lse, dq,
+    delta, SCALE: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
+    VP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, K_TMA: tl.constexpr,
+    V_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, and delta for `_dkv_kernel`. Grid as in `_forward_kernel`.
 
@@ -143,8 +152,6 @@ def _dq_kernel(
     fewer queries a tile has, the less of the walk through their union is for others.
     """
     c: tl.constexpr = SCALE * LOG2E
-    ONE_BLOCK: tl.constexpr = (KEYS <= PADDED) and (BLOCK_SIZE == PADDED)
-    PARTS: tl.constexpr = max(PADDED // KEYS, 1)
     batch, group = tl.program_id(1) // K, tl.program_id(1) % K
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head_index, offset, valid, local, position = _query_tile(
@@ -160,38 +167,32 @@ def _dq_kernel(
     lse2 = load_lse2(lse + head_index + offset, valid)
     # Turned here, and not before each product, for them to lie in shared memory before the steps.
     q_tile, d_out_tile = tl.trans(q_tile), tl.trans(d_out_tile)
-    first_head = (batch * S).to(tl.int64) * K + group
-    keys = tl.minimum(tl.max(position) + 1, S)
-    k_rows = key_rows(k + first_head * H, keys, K * H, H, KEYS, HP, TMA)
-    v_rows = key_rows(v + first_head * V, keys, K * V, V, KEYS, VP, TMA)
+    k += ((batch * S).to(tl.int64) * K + group) * H
+    v += ((batch * S).to(tl.int64) * K + group) * V
     dq_tile = tl.zeros([HP, ROWS], tl.float32)
-    for i in range(0, tl.cdiv(count * PADDED, KEYS)):
-        if ONE_BLOCK:
-            start = tl.load(blocks + i // PARTS) * BLOCK_SIZE + i % PARTS * KEYS
-            chosen = ((tl.load(masks + i // PARTS) >> local) & 1) != 0
-            k_tile = load_keys(k_rows, start, keys, K * H, H, KEYS, HP, TMA)
-            v_tile = load_keys(v_rows, start, keys, K * V, V, KEYS, VP, TMA)
-            scores = tl.dot(k_tile, q_tile, input_precision=PRECISION)
-            offset2 = tl.where(chosen, lse2, float("inf"))
-            if i >= whole * PARTS:
-                key = start + tl.arange(0, KEYS)
-                seen = key[:, None] <= position[None, :]
-                scores = tl.where(seen, scores, float("-inf"))
-        else:
-            key, real, chosen = _some_blocks(
-                blocks, masks, i, count, local, BLOCK_SIZE, PADDED, KEYS
-            )
-            at = key.to(tl.int64) * K
-            k_tile = load_tile(k_rows, at * H, real & (key < keys), H, HP, True)
-            v_tile = load_tile(v_rows, at * V, real & (key < keys), V, VP, True)
-            scores = tl.dot(k_tile, q_tile, input_precision=PRECISION)
-            offset2 = lse2
-            seen = tl.trans(chosen) & (key[:, None] <= position[None, :])
-            scores = tl.where(seen, scores, float("-inf"))
-        p = tl.exp2(scores * c - offset2[None, :])
-        dp = tl.dot(v_tile, d_out_tile, input_precision=PRECISION)
-        ds = (p * (dp - row_delta[None, :])).to(k_tile.dtype)
-        dq_tile = tl.dot(tl.trans(k_tile), ds, dq_tile, input_precision=PRECISION)
+    whole_steps = whole * PADDED // KEYS if WHOLE else 0
+    for i in range(0, whole_steps):
+        entry = i * KEYS // PADDED
+        start = tl.load(blocks + entry) * BLOCK_SIZE + i * KEYS % PADDED
+        chosen = ((tl.load(masks + entry) >> local) & 1) != 0
+        k_tile = load_rows(k_rows, k, batch * S, start, group, K, H, KEYS, HP, K_TMA)
+        v_tile = load_rows(v_rows, v, batch * S, start, group, K, V, KEYS, VP, V_TMA)
+        scores = tl.dot(k_tile, q_tile, input_precision=PRECISION)
+        chosen_lse2 = tl.where(chosen, lse2, float("inf"))
+        dq_tile = _dq_step(
+            dq_tile, d_out_tile, chosen_lse2, row_delta, scores, k_tile, v_tile, c, PRECISION
+        )
+    keys = tl.minimum(tl.max(position) + 1, S)
+    for i in range(whole_steps, tl.cdiv(count * PADDED, KEYS)):
+        k_tile, v_tile, seen = _masked_step(
+            k, v, blocks, masks, i, count, local, position, keys, K, H, V, HP, VP, KEYS,
+            BLOCK_SIZE, PADDED,
+        )  # fmt: skip
+        scores = tl.dot(k_tile, q_tile, input_precision=PRECISION)
+        scores = tl.where(tl.trans(seen), scores, float("-inf"))
+        dq_tile = _dq_step(
+            dq_tile, d_out_tile, lse2, row_delta, scores, k_tile, v_tile, c, PRECISION
+        )
     store_tile(dq + head_index * H, offset * H, tl.trans(dq_tile) * SCALE, valid, H, HP)
 
 
@@ -303,9 +304,13 @@ def _launch_over_queries(kernel, name, q, k, v, block_indices, q_positions, rest
     queries = max(min(cut.rows // heads, lists.largest_tile(block_indices.shape[3])), 1)
     block_size, whole = sizes["BLOCK_SIZE"], padded(sizes["BLOCK_SIZE"])
     unions = lists.unions(block_indices, q_positions, queries=queries, block_size=block_size)
+    # Steps of whole blocks, or of parts of them, take one scalar each of the lists.
+    walks_whole = block_size == whole and cut.keys <= whole
+    keys = cut.keys if block_size == whole else max(cut.keys, whole)
+    (k_rows, k_tma), (v_rows, v_tma) = (launch.row_loader(x, keys) for x in (k, v))
     return launch.launch(
         kernel,
-        *(q, k, v, q_positions, *unions, *rest),
+        *(q, k, v, k_rows, v_rows, q_positions, *unions, *rest),
         out_type=out_type,
         grid=(triton.cdiv(q.shape[1], queries), q.shape[0] * k.shape[2]),
         num_warps=cut.num_warps,
@@ -313,10 +318,11 @@ def _launch_over_queries(kernel, name, q, k, v, block_indices, q_positions, rest
         M=block_indices.shape[3],
         QUERIES=queries,
         ROWS=padded(queries * heads),
-        # A block of a size that is no power of two is taken whole.
-        KEYS=cut.keys if block_size == whole else max(cut.keys, whole),
+        KEYS=keys,
         PADDED=whole,
-        TMA=launch.use_tma(k, v),
+        WHOLE=walks_whole,
+        K_TMA=k_tma,
+        V_TMA=v_tma,
         **sizes,
     )
 
