@@ -40,8 +40,8 @@ def native_sparse_attention(
         0, 1, ... by default.
       document_starts: int32, for rows that hold several documents, the position at which the
         query's document begins: a multiple of select_block_size. 0 by default.
-      block_indices: the blocks to attend, int32 and -1 for none, in place of the ones that the
-        compressed scores select.
+      block_indices: the blocks to attend, int32, distinct within a row and -1 for none, in place
+        of the ones that the compressed scores select.
       implementation: "auto", or one of `nsa_jax.ops.dispatch.IMPLEMENTATIONS` by name.
 
     Returns:

@@ -17,6 +17,7 @@ cannot run the call. All of them work under jit, grad (reverse mode), vmap, rema
 returned as float32 is float64 for float64 inputs.
 """
 
+import math
 import numbers
 
 import jax
@@ -276,6 +277,8 @@ def _scale(q, scale):
             f"scale must be a Python number, not {type(scale).__name__}: kernels are compiled for "
             "it. To learn one, multiply q by it"
         )
+    if not math.isfinite(scale):
+        raise ValueError(f"{scale=} must be finite")
     return float(scale)
 
 

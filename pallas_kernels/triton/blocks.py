@@ -11,6 +11,7 @@ whatever memory that nobody sees may hold.
 """
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +201,21 @@ def _tile_queries(cut, heads, ranked):
     """
     queries = min(cut.rows // heads, 4 * 32 * cut.num_warps // ranked)
     return max(queries, 4, 16 // heads)
+
+
+def shared_memory(group: int, head_dim: int, dtype) -> int:
+    """An upper bound on the bytes of shared memory that a program takes, for groups of that size.
+
+    The queries, and the tiles of keys of each stage; float32 lies there in two parts.
+    """
+    try:
+        cut = tuning.lookup("select_blocks", head_dim=head_dim, v_head_dim=head_dim, dtype=dtype)
+    except KeyError:
+        return sys.maxsize
+    columns = max(cut.rows, 4 * triton.next_power_of_2(group))
+    parts = 2 if dtype.itemsize == 4 else 1
+    tiles = columns * parts + cut.keys * cut.num_stages
+    return tiles * padded(head_dim) * dtype.itemsize + 2048
 
 
 def _select(q, k, lse, q_positions, document_starts, *, num_blocks, scale, **geometry):

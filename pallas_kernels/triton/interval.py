@@ -138,8 +138,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _dq_step(dq_tile, q_tile, d_out_tile, lse2, delta, scores, k_tile, v_tile, c,
-             PRECISION: tl.constexpr):  # fmt: skip
+def _dq_step(dq_tile, d_out_tile, lse2, delta, scores, k_tile, v_tile, c, PRECISION: tl.constexpr):
     """Adds what a tile of keys and values gives to the gradient of a tile of rows, unscaled."""
     p = tl.exp2(scores * c - lse2[:, None])
     dp = tl.dot(d_out_tile, tl.trans(v_tile), input_precision=PRECISION)
@@ -177,7 +176,7 @@ def _dq_kernel(
         v_tile = load_rows(v_rows, v, first_row, i * KEYS, group, K, V, KEYS, VP, V_TMA)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         dq_tile = _dq_step(
-            dq_tile, q_tile, d_out_tile, lse2, row_delta, scores, k_tile, v_tile, c, PRECISION
+            dq_tile, d_out_tile, lse2, row_delta, scores, k_tile, v_tile, c, PRECISION
         )
     for j in range(0, steps - whole):
         i = tl.where(j < head, j, j + whole)
@@ -187,7 +186,7 @@ def _dq_kernel(
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         scores = tl.where(seen, scores, float("-inf"))
         dq_tile = _dq_step(
-            dq_tile, q_tile, d_out_tile, lse2, row_delta, scores, k_tile, v_tile, c, PRECISION
+            dq_tile, d_out_tile, lse2, row_delta, scores, k_tile, v_tile, c, PRECISION
         )
     store_tile(dq + head_index * H, offset * H, dq_tile * SCALE, valid, H, HP)
 

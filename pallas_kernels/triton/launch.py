@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 DTYPES = ("bfloat16", "float16", "float32")
 OLDEST_CAPABILITY = 8.0  # Ampere
-LARGEST_ODD_BLOCK = 64
 MOST_SELECTED = 128
+LARGEST_GRID = 65535  # programs in the second dimension, by CUDA
 
 
 def launch(kernel, *arrays, out_type, grid, num_warps, num_stages, **constants):
@@ -120,13 +120,20 @@ def refusal(operation: str, *args, **kwargs) -> str | None:
         return "triton needs jax-triton; pip install 'nsa-jax[cuda13]' installs it."
     if not args:
         return None
-    names = ("q", "k", "v")[: 2 if operation == "select_blocks" else 3]
-    return _arrays_refusal(dict(zip(names, args, strict=False)), operation, kind) or _sizes_refusal(
-        kwargs.get("block_size", 64), kwargs.get("num_selected_blocks", 16)
-    )
+    if operation == "select_blocks":
+        q, k = args[:2]
+        return (
+            _arrays_refusal({"q": q, "k": k})
+            or _count_refusal(kwargs["num_selected_blocks"])
+            or _room_refusal(q, k, kind)
+        )
+    reason = _arrays_refusal(dict(zip(("q", "k", "v"), args, strict=False)))
+    if reason is None and operation == "selected_attention":
+        reason = _count_refusal(args[3].shape[-1])
+    return reason
 
 
-def _arrays_refusal(arrays, operation, kind):
+def _arrays_refusal(arrays):
     from pallas_kernels.triton import tuning
 
     dtypes = {x.dtype.name for x in arrays.values()}
@@ -138,24 +145,27 @@ def _arrays_refusal(arrays, operation, kind):
                 f"triton takes up to {tuning.FEATURES[-1]} features a head, "
                 f"and {name} has {x.shape[-1]}."
             )
-    if operation == "select_blocks":
-        q = arrays["q"]
-        size = {"head_dim": q.shape[-1], "v_head_dim": q.shape[-1], "dtype": q.dtype}
-        try:
-            tuning.lookup(operation, **size)
-        except KeyError:
-            return (
-                f"triton's select_blocks has no room for {q.shape[-1]} float32 features on {kind}."
-            )
+    batch, _, heads, _ = arrays["k"].shape
+    if batch * heads > LARGEST_GRID:
+        return f"triton takes up to {LARGEST_GRID} rows times key/value heads, not {batch * heads}."
     return None
 
 
-def _sizes_refusal(block_size, num_selected):
-    if block_size > LARGEST_ODD_BLOCK and block_size & (block_size - 1):
+def _count_refusal(num_selected):
+    if not 1 <= num_selected <= MOST_SELECTED:
+        return f"triton selects 1 to {MOST_SELECTED} blocks, not {num_selected}."
+    return None
+
+
+def _room_refusal(q, k, kind):
+    """select_blocks keeps four queries at least of a whole group in shared memory."""
+    from pallas_kernels.triton import blocks, tuning
+
+    group, features = q.shape[2] // k.shape[2], q.shape[3]
+    limit = tuning.SHARED_MEMORY[tuning.device_class(device()[1])]
+    if blocks.shared_memory(group, features, q.dtype) > limit:
         return (
-            f"triton takes selection blocks of up to {LARGEST_ODD_BLOCK} tokens, or of a power of "
-            f"two, not {block_size}."
+            f"triton's select_blocks has no room on {kind} for groups of {group} heads of "
+            f"{features} {q.dtype.name} features."
         )
-    if num_selected > MOST_SELECTED:
-        return f"triton selects up to {MOST_SELECTED} blocks, not {num_selected}."
     return None

@@ -5,8 +5,10 @@ blocks that its queries selected; a bit mask says who selected which. For dk and
 is a block and some of the queries that selected it, gathers the rows of those queries; the items of
 a block are added in order by a kernel of their own. No program adds to what another one wrote.
 
-A step of the walk takes as many blocks as fill its KEYS keys; a block of a size that is no power of
-two leaves some of them unused.
+A step of the walk takes KEYS keys, of a part of a block or of several; a block of a size that is no
+power of two leaves some of them unused. A NaN in memory that no query of a tile selected or has
+reached changes nothing; one in a block that some query of the tile has passed and selected reaches
+the others of that tile.
 """
 
 import functools
@@ -34,19 +36,24 @@ from pallas_kernels.triton.launch import refusal  # noqa: F401 - see pallas_kern
 #: Queries of a block that one program takes for dk and dv.
 ITEM_QUERIES = 1024
 
+#: Keys whose items one program adds.
+SUMMED_KEYS = 64
+
 
 @triton.jit
-def _query_tile(q_positions, tile, batch, group, T: tl.constexpr, N: tl.constexpr,
-                G: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _query_tile(
+    q_positions, tile, batch, group, T: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+    QUERIES: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """A tile of rows: the head index it begins at, its offsets, which are real, whose they are."""
     row = tl.arange(0, ROWS)
-    local = row // G
+    local = row // HEADS
+    head = tl.program_id(2) * HEADS + row % HEADS
     first_query = tile * QUERIES
-    valid = (local < QUERIES) & (first_query + local < T)
+    valid = (local < QUERIES) & (first_query + local < T) & (head < G)
     head_index = (batch * T + first_query).to(tl.int64) * N + group * G
-    offset = local * N + row % G
     position = tl.load(q_positions + batch * T + first_query + local, mask=valid, other=-1)
-    return head_index, offset, valid, local, position
+    return head_index, local * N + head, valid, local, position
 
 
 @triton.jit
@@ -64,25 +71,28 @@ def _tile_lists(blocks, masks, counts, M: tl.constexpr, QUERIES: tl.constexpr):
 
 @triton.jit
 def _masked_step(
-    k, v, blocks, masks, i, count, local, position, keys, K: tl.constexpr, H: tl.constexpr,
+    k, v, blocks, masks, i, count, local, position, K: tl.constexpr, H: tl.constexpr,
     V: tl.constexpr, HP: tl.constexpr, VP: tl.constexpr, KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Step i, of a part of a block or of several: keys, values, and who sees which.
 
-    Keys from `keys` on, which no row sees, are zeros: 0 times a NaN that they may hold is not 0.
+    A block takes PADDED places, of which BLOCK_SIZE are keys. Keys that no row sees are zeros: 0
+    times what they may hold, a NaN say, is not 0.
     """
     slot = i * KEYS + tl.arange(0, KEYS)
     entry, within = slot // PADDED, slot % PADDED
     block = tl.load(blocks + entry, mask=entry < count, other=0)
     bits = tl.load(masks + entry, mask=entry < count, other=0)
     key = block * BLOCK_SIZE + within
-    real = (entry < count) & (within < BLOCK_SIZE) & (key < keys)
-    at = key.to(tl.int64) * K
-    k_tile = load_tile(k, at * H, real, H, HP, True)
-    v_tile = load_tile(v, at * V, real, V, VP, True)
+    real = (entry < count) & (within < BLOCK_SIZE)
     chosen = ((bits[None, :] >> local[:, None]) & 1) != 0
-    return k_tile, v_tile, chosen & (real[None, :] & (key[None, :] <= position[:, None]))
+    seen = chosen & (real[None, :] & (key[None, :] <= position[:, None]))
+    by_some = tl.max(seen.to(tl.int32), 0) > 0
+    at = key.to(tl.int64) * K
+    k_tile = load_tile(k, at * H, by_some, H, HP, True)
+    v_tile = load_tile(v, at * V, by_some, V, VP, True)
+    return k_tile, v_tile, seen
 
 
 @triton.jit
@@ -90,15 +100,21 @@ def _forward_kernel(
     q, k, v, k_rows, v_rows, q_positions, blocks, masks, counts, out, lse, SCALE: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
     H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr, VP: tl.constexpr, QUERIES: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr,
-    WHOLE: tl.constexpr, K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, K_TMA: tl.constexpr, V_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries. Grid: tiles, fastest, so that one group's keys stay in cache; B * K."""
+    """One tile of queries.
+
+    Grid: tiles, fastest, so that one group's keys stay in cache; batch * K; parts of HEADS heads of
+    a group that is larger than a tile. If WHOLE, blocks that every query of the tile has passed are
+    walked by scalars, each of them or each part of it a step.
+    """
     c: tl.constexpr = SCALE * LOG2E
     batch, group = tl.program_id(1) // K, tl.program_id(1) % K
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head_index, offset, valid, local, position = _query_tile(
-        q_positions, tile, batch, group, T, N, N // K, QUERIES, ROWS
+        q_positions, tile, batch, group, T, N, N // K, QUERIES, HEADS, ROWS
     )
     blocks, masks, count, whole = _tile_lists(blocks, masks, counts, M, QUERIES)
     q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
@@ -114,11 +130,10 @@ def _forward_kernel(
         v_tile = load_rows(v_rows, v, batch * S, start, group, K, V, KEYS, VP, V_TMA)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         state = update_softmax(state, scores, v_tile, chosen, c, True, PRECISION)
-    keys = tl.minimum(tl.max(position) + 1, S)
     for i in range(whole_steps, tl.cdiv(count * PADDED, KEYS)):
         k_tile, v_tile, seen = _masked_step(
-            k, v, blocks, masks, i, count, local, position, keys, K, H, V, HP, VP, KEYS,
-            BLOCK_SIZE, PADDED,
+            k, v, blocks, masks, i, count, local, position, K, H, V, HP, VP, KEYS, BLOCK_SIZE,
+            PADDED,
         )  # fmt: skip
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         scores = tl.where(seen, scores, float("-inf"))
@@ -142,9 +157,9 @@ def _dq_kernel(
     q, k, v, k_rows, v_rows, q_positions, blocks, masks, counts, out, lse, d_out, d_lse, dq,
     delta, SCALE: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
-    VP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, K_TMA: tl.constexpr,
-    V_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    VP: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr,
+    K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, and delta for `_dkv_kernel`. Grid as in `_forward_kernel`.
 
@@ -155,7 +170,7 @@ def _dq_kernel(
     batch, group = tl.program_id(1) // K, tl.program_id(1) % K
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head_index, offset, valid, local, position = _query_tile(
-        q_positions, tile, batch, group, T, N, N // K, QUERIES, ROWS
+        q_positions, tile, batch, group, T, N, N // K, QUERIES, HEADS, ROWS
     )
     blocks, masks, count, whole = _tile_lists(blocks, masks, counts, M, QUERIES)
     q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
@@ -182,11 +197,10 @@ def _dq_kernel(
         dq_tile = _dq_step(
             dq_tile, d_out_tile, chosen_lse2, row_delta, scores, k_tile, v_tile, c, PRECISION
         )
-    keys = tl.minimum(tl.max(position) + 1, S)
     for i in range(whole_steps, tl.cdiv(count * PADDED, KEYS)):
         k_tile, v_tile, seen = _masked_step(
-            k, v, blocks, masks, i, count, local, position, keys, K, H, V, HP, VP, KEYS,
-            BLOCK_SIZE, PADDED,
+            k, v, blocks, masks, i, count, local, position, K, H, V, HP, VP, KEYS, BLOCK_SIZE,
+            PADDED,
         )  # fmt: skip
         scores = tl.dot(k_tile, q_tile, input_precision=PRECISION)
         scores = tl.where(tl.trans(seen), scores, float("-inf"))
@@ -259,14 +273,14 @@ def _dkv_kernel(
 @triton.jit
 def _sum_items_kernel(
     partial, first_items, out, S: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
-    HP: tl.constexpr, ITEMS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr,
+    HP: tl.constexpr, ITEMS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the items of one block in order. Grid: blocks; batch * K."""
+    """Adds the items of one block in order. Grid: blocks; batch * K; parts of KEYS keys."""
     batch, group = tl.program_id(1) // K, tl.program_id(1) % K
     block = tl.program_id(0)
     first_items += tl.program_id(1) * (tl.num_programs(0) + 1) + block
-    within = tl.arange(0, PADDED)
-    total = tl.zeros([PADDED, HP], tl.float32)
+    within = tl.program_id(2) * KEYS + tl.arange(0, KEYS)
+    total = tl.zeros([KEYS, HP], tl.float32)
     for i in range(tl.load(first_items), tl.load(first_items + 1)):
         base = (tl.program_id(1) * ITEMS + i).to(tl.int64) * (BLOCK_SIZE * H)
         total += load_tile(partial + base, within * H, within < BLOCK_SIZE, H, HP, True)
@@ -300,25 +314,30 @@ def _sizes(q, k, v, block_size, scale):
 def _launch_over_queries(kernel, name, q, k, v, block_indices, q_positions, rest, out_type, sizes):
     """Launches one program for each tile of queries."""
     cut = _tuning(name, q, v)
-    heads = q.shape[2] // k.shape[2]
-    queries = max(min(cut.rows // heads, lists.largest_tile(block_indices.shape[3])), 1)
+    group = q.shape[2] // k.shape[2]
+    heads = min(group, cut.rows)
+    queries = min(cut.rows // heads, lists.largest_tile(block_indices.shape[3]))
     block_size, whole = sizes["BLOCK_SIZE"], padded(sizes["BLOCK_SIZE"])
     unions = lists.unions(block_indices, q_positions, queries=queries, block_size=block_size)
-    # Steps of whole blocks, or of parts of them, take one scalar each of the lists.
+    # Steps of one block, or of a part of it, take a scalar of each list.
     walks_whole = block_size == whole and cut.keys <= whole
-    keys = cut.keys if block_size == whole else max(cut.keys, whole)
-    (k_rows, k_tma), (v_rows, v_tma) = (launch.row_loader(x, keys) for x in (k, v))
+    (k_rows, k_tma), (v_rows, v_tma) = (launch.row_loader(x, cut.keys) for x in (k, v))
     return launch.launch(
         kernel,
         *(q, k, v, k_rows, v_rows, q_positions, *unions, *rest),
         out_type=out_type,
-        grid=(triton.cdiv(q.shape[1], queries), q.shape[0] * k.shape[2]),
+        grid=(
+            triton.cdiv(q.shape[1], queries),
+            q.shape[0] * k.shape[2],
+            triton.cdiv(group, heads),
+        ),
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
         M=block_indices.shape[3],
         QUERIES=queries,
+        HEADS=heads,
         ROWS=padded(queries * heads),
-        KEYS=keys,
+        KEYS=cut.keys,
         PADDED=whole,
         WHOLE=walks_whole,
         K_TMA=k_tma,
@@ -342,12 +361,13 @@ def _forward(q, k, v, block_indices, q_positions, *, block_size, scale):
 def _sum_items(partial, first_items, like, block_size):
     """The gradient in the shape and dtype of `like` [B, S, K, H] from its items."""
     _, num_keys, groups, size = like.shape
+    keys = min(padded(block_size), SUMMED_KEYS)
     return launch.launch(
         _sum_items_kernel,
         partial,
         first_items,
         out_type=jax.ShapeDtypeStruct(like.shape, like.dtype),
-        grid=(first_items.shape[2] - 1, like.shape[0] * groups),
+        grid=(first_items.shape[2] - 1, like.shape[0] * groups, triton.cdiv(block_size, keys)),
         num_warps=8,
         num_stages=2,
         S=num_keys,
@@ -355,8 +375,8 @@ def _sum_items(partial, first_items, like, block_size):
         H=size,
         HP=padded(size),
         ITEMS=partial.shape[2],
+        KEYS=keys,
         BLOCK_SIZE=block_size,
-        PADDED=padded(block_size),
     )
 
 
@@ -437,4 +457,6 @@ def selected_attention(q, k, v, block_indices, q_positions, block_size, scale):
       natural logarithm of the softmax's denominator, -inf on an empty row.
     """
     q, scale = launch.positive_scale(q, scale)
+    # A query beyond the keys sees all of its blocks, of which the kernels read what exists.
+    q_positions = jnp.minimum(q_positions, k.shape[1] - 1)
     return _attention(q, k, v, block_indices, q_positions, block_size, scale)

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import pytest
 
 pytest.importorskip("triton", reason="The Triton kernels need triton: not installed here.")
+pytest.importorskip("jax_triton", reason="The Triton kernels need jax-triton: not installed here.")
 
+import jax_triton
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pallas_kernels.triton import blocks, interval, launch, selected, tuning
 
-FEATURES = (64, 128, 256)
 DTYPES = {16: jnp.bfloat16, 32: jnp.float32}
 POINTERS = {"bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
 
@@ -39,9 +40,9 @@ def of_queries(*shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct((1, LENGTH, *shape), dtype)
 
 
-def gradients(attention, features, dtype, *where):
+def gradients(attention, features, dtype, *where, groups=GROUPS):
     """Launches the kernels of an attention and of its gradients."""
-    q, k = (of_queries(heads, features, dtype=dtype) for heads in (HEADS, GROUPS))
+    q, k = (of_queries(heads, features, dtype=dtype) for heads in (HEADS, groups))
 
     def run(q, k, v, *where):
         out, pull = jax.vjp(lambda *x: attention(*x, *where), q, k, v)
@@ -51,13 +52,18 @@ def gradients(attention, features, dtype, *where):
 
 
 def interval_attention(features, dtype):
-    attention = functools.partial(interval.interval_attention, scale=features**-0.5)
-    gradients(attention, features, dtype, of_queries(), of_queries())
+    for longest in (None, interval.SHORT):
+        attention = functools.partial(
+            interval.interval_attention, scale=features**-0.5, longest=longest
+        )
+        gradients(attention, features, dtype, of_queries(), of_queries())
 
 
-def selected_attention(features, dtype):
-    attention = functools.partial(selected.selected_attention, block_size=64, scale=features**-0.5)
-    gradients(attention, features, dtype, of_queries(GROUPS, 16), of_queries())
+def selected_attention(features, dtype, block_size=64, groups=GROUPS):
+    attention = functools.partial(
+        selected.selected_attention, block_size=block_size, scale=features**-0.5
+    )
+    gradients(attention, features, dtype, of_queries(groups, 16), of_queries(), groups=groups)
 
 
 def select_blocks(features, dtype):
@@ -100,15 +106,28 @@ def launches_of(operation, capability, features, bits):
     return launches, looked_up
 
 
+def is_descriptor(operand):
+    return isinstance(operand, jax_triton.TensorDescriptor)
+
+
+def operand_type(operand):
+    if is_descriptor(operand):
+        rows, features = operand.block_shape
+        return f"tensordesc<bf16[{rows},{features}]>"
+    return POINTERS[operand.dtype.name]
+
+
 def compile_launch(capability, kernel, arrays, options):
     """Compiles a launch as jax-triton does: all pointers are aligned to 16 bytes."""
     constants = dict(options)
     backend = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    pointers = kernel.arg_names[: len(arrays)]
+    operands = kernel.arg_names[: len(arrays)]
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    signature |= {name: POINTERS[x.dtype.name] for name, x in zip(pointers, arrays, strict=True)}
-    assert set(constants) == set(kernel.arg_names) - set(pointers)
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
+    signature |= {name: operand_type(x) for name, x in zip(operands, arrays, strict=True)}
+    assert set(constants) == set(kernel.arg_names) - set(operands)
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, x in enumerate(arrays) if not is_descriptor(x)
+    }
     return triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
@@ -116,9 +135,13 @@ def compile_launch(capability, kernel, arrays, options):
     )
 
 
+# Where no tiles fit; `launch.refusal` says so.
+IMPOSSIBLE = {("select_blocks", 86, 256, 32)}
+
+
 def test_the_table_is_complete():
-    keys = itertools.product(tuning.KERNELS, tuning.SHARED_MEMORY, FEATURES, DTYPES)
-    assert set(tuning.TABLE) == set(keys)
+    keys = itertools.product(tuning.KERNELS, tuning.SHARED_MEMORY, tuning.FEATURES, DTYPES)
+    assert set(tuning.TABLE) == set(keys) - IMPOSSIBLE
 
 
 def test_the_operations_below_look_up_every_kernel():
@@ -126,22 +149,50 @@ def test_the_operations_below_look_up_every_kernel():
     assert set.union(*found) == set(tuning.KERNELS)
 
 
-# Products of 16 bits are made in another way on each device. Those of float32 are plain fused
-# multiply-adds everywhere, slow to compile and of one shared memory: one compilation stands for all
-# devices that have the same tuning.
-CASES = [(16, (capability,)) for capability in tuning.SHARED_MEMORY]
-CASES += [(32, tuple(tuning.SHARED_MEMORY))]
-
-
-@pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize(("bits", "capabilities"), CASES)
+@pytest.mark.parametrize("bits", DTYPES)
+@pytest.mark.parametrize("features", tuning.FEATURES)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_kernels_compile_and_fit(operation, bits, capabilities, features):
-    used = {}
-    for capability in capabilities:
+def test_the_kernels_fit_every_device(operation, features, bits):
+    """sm_86 takes the matrix instructions of sm_80, so that what it needs is compiled for that."""
+    shared = {}
+    for capability in tuning.SHARED_MEMORY:
+        if (operation.__name__, capability, features, bits) in IMPOSSIBLE:
+            continue
+        target = 80 if capability == 86 else capability
         for kernel, arrays, options in launches_of(operation, capability, features, bits)[0]:
-            key = (kernel, *options.items())
-            if key not in used:
-                used[key] = compile_launch(capability, kernel, arrays, options).metadata.shared
+            key = (kernel, target, *options.items())
+            if key not in shared:
+                shared[key] = compile_launch(target, kernel, arrays, options).metadata.shared
             limit = tuning.SHARED_MEMORY[capability]
-            assert used[key] <= limit, f"{kernel.__name__} wants {used[key]} bytes of {limit}"
+            assert shared[key] <= limit, f"{kernel.__name__} wants {shared[key]} bytes of {limit}"
+
+
+def large_group_of_odd_blocks(features, dtype):
+    selected_attention(features, dtype, block_size=48, groups=1)
+
+
+@pytest.mark.parametrize(("capability", "bits"), [(86, 16), (86, 32), (90, 16)])
+def test_large_groups_and_odd_blocks_fit(capability, bits):
+    """64 heads a group, and blocks whose size is no power of two, take no more room."""
+    for kernel, *rest in launches_of(large_group_of_odd_blocks, capability, 256, bits)[0]:
+        target = 80 if capability == 86 else capability
+        shared = compile_launch(target, kernel, *rest).metadata.shared
+        assert shared <= tuning.SHARED_MEMORY[capability], kernel.__name__
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "dtype", "capability", "refused"),
+    [
+        (16, 128, jnp.bfloat16, 86, False),
+        (16, 256, jnp.float32, 80, False),
+        (64, 128, jnp.float32, 90, True),
+        (64, 256, jnp.bfloat16, 86, True),
+        (16, 256, jnp.float32, 86, True),
+    ],
+)
+def test_refuses_what_has_no_room(group, head_dim, dtype, capability, refused, monkeypatch):
+    monkeypatch.setattr(launch, "device", lambda: ("a GPU", capability / 10))
+    q, k = (jax.ShapeDtypeStruct((1, 64, n, head_dim), dtype) for n in (group, 1))
+    reason = launch.refusal("select_blocks", q, k, num_selected_blocks=16)
+    assert (reason is not None) == refused
+    assert not refused or f"groups of {group} heads" in reason

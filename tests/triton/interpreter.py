@@ -7,12 +7,24 @@ and float16 are right.
 
 import jax
 import jax.numpy as jnp
+import jax_triton
 import numpy as np
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import interpreter_semantic
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pallas_kernels.triton import launch, tuning
+
+
+class _Dtype(str):
+    """The name of a dtype, with what else Triton asks of one."""
+
+    __slots__ = ()
+
+    @property
+    def itemsize(self):
+        return np.dtype(str(self)).itemsize
 
 
 class HostTensor:
@@ -20,7 +32,7 @@ class HostTensor:
 
     def __init__(self, array):
         self.array = array
-        self.dtype = array.dtype.name
+        self.dtype = _Dtype(array.dtype.name)
 
     def data_ptr(self):
         return self.array.ctypes.data
@@ -59,23 +71,33 @@ def tensor_range(*bounds):
     return steps
 
 
-def interpreted_launch(kernel, *arrays, out_type, grid, num_warps, num_stages, **constants):
+def interpreted_launch(kernel, *operands, out_type, grid, num_warps, num_stages, **constants):
     """Takes the place of `launch.launch`. Outputs start as NaN, or as a large integer."""
     del num_warps, num_stages
     leaves, tree = jax.tree.flatten(out_type)
     kernel.fn.__globals__.setdefault("range", tensor_range)
 
+    def operand(array, given):
+        tensor = HostTensor(array)
+        if not isinstance(given, jax_triton.TensorDescriptor):
+            return tensor
+        return TensorDescriptor(
+            tensor, list(given.shape), list(given.strides), list(given.block_shape)
+        )
+
     def run(*arrays):
+        # NumPy aligns to 16 bytes, which descriptors want, whatever is not tiny.
         arrays = [np.array(x) for x in arrays]
         poison = {"f": np.nan, "i": 123456789}
         outputs = [np.full(x.shape, poison[np.dtype(x.dtype).kind], x.dtype) for x in leaves]
+        inputs = [operand(*pair) for pair in zip(arrays, operands, strict=True)]
         with np.errstate(all="ignore"):
             kernel[grid if isinstance(grid, tuple) else (grid,)](
-                *map(HostTensor, [*arrays, *outputs]), **constants
+                *inputs, *map(HostTensor, outputs), **constants
             )
         return tuple(outputs)
 
-    outputs = jax.pure_callback(run, tuple(leaves), *arrays)
+    outputs = jax.pure_callback(run, tuple(leaves), *jax.tree.leaves(operands))
     return jax.tree.unflatten(tree, outputs)
 
 
@@ -85,7 +107,7 @@ def install(capability: float = 9.0, **tunings: tuning.Tuning):
         raise RuntimeError("start Python with TRITON_INTERPRET=1 in its environment")
     launch.launch = interpreted_launch
     launch.device = lambda: ("interpreter", capability)
-    tuning.override(**tunings).__enter__()
+    tuning._overrides.update(tunings)
 
 
 def normal(seed, shape, dtype=jnp.float32):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nsa_jax.ops import reference
-from pallas_kernels.triton import interval, tuning
+from pallas_kernels.triton import interval, launch, tuning
 from pallas_kernels.triton.interval import interval_attention
 from tests.triton import interpreter
 from tests.triton.interpreter import assert_close, random_arrays, value_and_gradients
@@ -50,22 +50,29 @@ def assert_agrees(q, k, v, lo, hi, scale=0.3):
     assert_close(actual, expected, q.dtype)
 
 
-# queries, keys, groups, heads a group, head_dim, v_head_dim
+# queries, keys, groups, heads a group, head_dim, v_head_dim; dtype
 SIZES = {
-    "one": (1, 1, 2, 1, 8, 16),
-    "one_head_a_group": (33, 31, 2, 1, 40, 8),
-    "three_heads_a_group": (47, 49, 2, 3, 24, 40),
-    "four_heads_a_group": (5, 65, 1, 4, 16, 24),
-    "sixteen_heads_a_group": (17, 7, 1, 16, 12, 20),
+    "one": ((1, 1, 2, 1, 8, 16), jnp.float32),
+    "one_head_a_group": ((33, 31, 2, 1, 40, 8), jnp.float16),
+    "three_heads_a_group": ((47, 49, 2, 3, 24, 40), jnp.float32),
+    "four_heads_a_group": ((5, 65, 1, 4, 16, 24), jnp.float16),
+    "sixteen_heads_a_group": ((17, 7, 1, 16, 12, 20), jnp.float32),
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 @pytest.mark.parametrize("size", SIZES)
-def test_agrees_on_rising_intervals(size, dtype):
-    lo, hi = rising_intervals(*SIZES[size][:2])
+def test_agrees_on_rising_intervals(size):
+    sizes, dtype = SIZES[size]
+    lo, hi = rising_intervals(*sizes[:2])
     assert size == "one" or bool((hi <= lo).any()), "no empty row was drawn"
-    assert_agrees(*random_arrays(*SIZES[size], dtype), lo, hi)
+    assert_agrees(*random_arrays(*sizes, dtype), lo, hi)
+
+
+def test_agrees_where_whole_tiles_come_by_descriptors():
+    """Two rows, whose keys a descriptor holds as one; heads whose sizes are powers of two."""
+    q, k, v = random_arrays(40, 45, 2, 3, 16, 32, jnp.float16)
+    assert all(launch.row_loader(x, 16)[1] for x in (k, v))
+    assert_agrees(q, k, v, *causal_intervals(40, 45))
 
 
 @pytest.mark.parametrize("enough", [1, interval.ENOUGH_PROGRAMS])
@@ -74,7 +81,7 @@ def test_agrees_on_causal_intervals(enough, monkeypatch):
     monkeypatch.setattr(interval, "ENOUGH_PROGRAMS", enough)
     splits = interval._splits(2 * 5, 67)
     assert splits == (1 if enough == 1 else 2)
-    assert_agrees(*random_arrays(67, 70, 1, 4, 16, 24), *causal_intervals(67, 70))
+    assert_agrees(*random_arrays(67, 70, 1, 2, 16, 24), *causal_intervals(67, 70))
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])

@@ -57,19 +57,22 @@ def assert_agrees(q, k, v, blocks, positions, block_size, scale=0.3):
     return actual
 
 
-# queries, keys, groups, heads a group, head_dim, v_head_dim; then l' and the first position
+# queries, keys, groups, heads a group, head_dim, v_head_dim; then l', the first position and dtype
 SIZES = {
-    "one_head_a_group": ((17, 33, 2, 1, 40, 8), 16, 16),
-    "three_heads_a_group": ((16, 45, 2, 3, 24, 40), 12, 26),
-    "four_heads_a_group": ((15, 15, 1, 4, 16, 24), 6, 0),
-    "sixteen_heads_a_group": ((5, 90, 1, 16, 12, 20), 32, 66),
+    "one_head_a_group": ((17, 33, 2, 1, 40, 8), 16, 16, jnp.float16),
+    "three_heads_a_group": ((16, 45, 2, 3, 24, 40), 12, 26, jnp.float32),
+    "four_heads_a_group": ((15, 15, 1, 4, 16, 24), 6, 0, jnp.float16),
+    "sixteen_heads_a_group": ((5, 90, 1, 16, 12, 20), 32, 66, jnp.float32),
+    "more_heads_than_rows": ((5, 40, 1, 20, 16, 16), 16, 30, jnp.float32),
+    "odd_blocks_in_parts": ((6, 110, 1, 2, 16, 16), 48, 90, jnp.float32),
+    "positions_beyond_the_keys": ((9, 20, 2, 3, 16, 16), 16, 30, jnp.float32),
+    "whole_tiles_by_descriptors": ((14, 50, 2, 3, 16, 32), 16, 36, jnp.float16),
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 @pytest.mark.parametrize("size", SIZES)
-def test_agrees_on_random_blocks(size, dtype):
-    arrays, block_size, start = SIZES[size]
+def test_agrees_on_random_blocks(size):
+    arrays, block_size, start, dtype = SIZES[size]
     queries, keys, groups = arrays[:3]
     blocks = random_blocks(queries, groups, -(-keys // block_size))
     positions = positions_from(start, queries)
