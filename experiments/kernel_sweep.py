@@ -63,6 +63,20 @@ def operation(kernel: str, keys: str) -> str:
     return "dense_triton" if keys == "dense" else keys
 
 
+def check(kernel: str, keys: str) -> None:
+    """Raises UsageError if the operation on such keys never launches the kernel."""
+    from pallas_kernels.triton import tuning
+
+    if kernel not in tuning.KERNELS:
+        raise app.UsageError(f"--kernel={kernel!r} is none of {', '.join(tuning.KERNELS)}")
+    has_short = f"{kernel.removesuffix('_short')}_short" in tuning.KERNELS
+    if has_short and kernel.endswith("_short") != (keys == "window"):
+        raise app.UsageError(
+            f"--kernel={kernel} does not run on --keys={keys}: windows, and nothing else, take the "
+            "tunings named _short"
+        )
+
+
 class Sweep:
     """One operation at one shape, of which one kernel is tuned."""
 
@@ -71,7 +85,7 @@ class Sweep:
         self.case = timing.cases(spec, "triton")[operation(kernel, keys)]
         self.arrays = jax.jit(timing.inputs(spec, "triton", self.case.arguments))()
         self.arguments = tuple(self.arrays[name] for name in self.case.arguments)
-        self.backward = kernel.endswith(("dq", "dkv"))
+        self.backward = kernel.removesuffix("_short").endswith(("dq", "dkv"))
         if self.backward:
             pull = timing.trace_pull(self.case, self.arguments)
             self.arguments = (pull.lower().compile()(*self.arguments), self.arrays["cotangent"])
@@ -104,7 +118,7 @@ def table_line(kernel: str, spec, candidate) -> str:
 
     _, capability = launch.device()
     size = max(spec.head_dim, spec.v_head_dim)
-    features = next(f for f in (64, 128, 256) if size <= f)
+    features = next(f for f in tuning.FEATURES if size <= f)
     key = (kernel, tuning.device_class(capability), features, 16)
     values = ", ".join(map(str, dataclasses.astuple(candidate)))
     return f'("{key[0]}", {", ".join(map(str, key[1:]))}): Tuning({values}),'
@@ -137,8 +151,7 @@ def main(argv):
     from pallas_kernels.triton import tuning
 
     kernel = _KERNEL.value
-    if kernel not in tuning.KERNELS:
-        raise app.UsageError(f"--kernel={kernel!r} is none of {', '.join(tuning.KERNELS)}")
+    check(kernel, _KEYS.value)
     try:
         candidates = [tuning.Tuning(**fields) for fields in parse(_CANDIDATES.value)]
     except ValueError as error:

@@ -8,7 +8,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from absl import flags
+from absl import app, flags
 from absl.testing import flagsaver
 from matplotlib import image
 
@@ -152,6 +152,21 @@ def test_own_dense_attention_and_its_pull():
     )(q, kv)
     chex.assert_trees_all_close(gradients, expected, atol=1e-5)
     assert functions["none"] == "no memory"
+
+
+def test_a_sweep_wants_keys_that_launch_the_kernel():
+    for kernel, keys in [
+        ("interval_forward", "dense"),
+        ("interval_dq_short", "window"),
+        ("interval_dkv", "window"),
+        ("select_blocks", "dense"),
+    ]:
+        kernel_sweep.check(kernel, keys)
+    for kernel, keys in [("interval_dq_short", "dense"), ("interval_forward", "window")]:
+        with pytest.raises(app.UsageError, match="windows, and nothing else"):
+            kernel_sweep.check(kernel, keys)
+    with pytest.raises(app.UsageError, match="is none of interval_forward"):
+        kernel_sweep.check("attention", "dense")
 
 
 def test_candidates_of_a_sweep():
