@@ -4,9 +4,9 @@ A search at run time would choose by the clock, and another choice is another or
 two runs of one program would differ in their bits. `python -m experiments.kernel_sweep` measures
 candidates and prints new lines for the table.
 
-What was measured is named in NOTES.md beside this file. The other entries are the largest tiles that
-neither spill registers nor exceed the shared memory of the device; tests hold every entry to the
-latter.
+What was measured is named in NOTES.md beside this file. The other entries are the largest tiles
+that neither spill registers nor exceed the shared memory of the device; tests hold every entry to
+the latter.
 """
 
 import contextlib
