@@ -42,11 +42,11 @@ train: $(VENV)/ready
 test: $(VENV)/ready
 	$(FAST_COMPILE) $(VENV)/bin/python $(PYTEST)
 
-# Resolves anew at each run: what is newest changes. The Triton kernels, the longest part of the
-# tests, are left to the pinned versions.
+# Resolves anew at each run: what is newest changes. What takes longest and depends least on other
+# packages is left to the pinned versions.
 test-latest: $(LATEST)/ready
 	@$(LATEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]'
-	$(FAST_COMPILE) $(LATEST)/bin/python $(PYTEST) --ignore=tests/triton
+	$(FAST_COMPILE) $(LATEST)/bin/python $(PYTEST) --ignore=tests/triton --ignore=tests/experiments
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -15,10 +15,10 @@ from pallas_kernels.triton.interval import interval_attention
 from tests.triton import interpreter
 from tests.triton.interpreter import assert_close, random_arrays, value_and_gradients
 
-# The smallest tiles that tl.dot takes, so that short sequences have many; dk and dv with others.
-TILE = tuning.Tuning(16, 16, 4, 1)
+# Small tiles, so that short sequences have many; dk and dv with others.
+TILE = tuning.Tuning(32, 16, 4, 1)
 interpreter.install(
-    interval_forward=TILE, interval_dq=TILE, interval_dkv=tuning.Tuning(32, 16, 4, 1)
+    interval_forward=TILE, interval_dq=TILE, interval_dkv=tuning.Tuning(32, 32, 4, 1)
 )
 
 
@@ -79,7 +79,7 @@ def test_agrees_where_whole_tiles_come_by_descriptors():
 def test_agrees_on_causal_intervals(enough, monkeypatch):
     """Most steps are whole, and dk and dv come from one program or from two."""
     monkeypatch.setattr(interval, "ENOUGH_PROGRAMS", enough)
-    splits = interval._splits(2 * 5, 67)
+    splits = interval._splits(2 * 3, 67)
     assert splits == (1 if enough == 1 else 2)
     assert_agrees(*random_arrays(67, 70, 1, 2, 16, 24), *causal_intervals(67, 70))
 
