@@ -5,6 +5,8 @@ importing a kernel, in a process of its own. The interpreter multiplies bfloat16
 and float16 are right.
 """
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import jax_triton
@@ -15,6 +17,9 @@ from triton.runtime.interpreter import interpreter_semantic
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pallas_kernels.triton import launch, tuning
+
+# XLA calls back from several threads at a time, and the interpreter patches Triton's module.
+_one_at_a_time = threading.Lock()
 
 
 class _Dtype(str):
@@ -91,7 +96,7 @@ def interpreted_launch(kernel, *operands, out_type, grid, num_warps, num_stages,
         poison = {"f": np.nan, "i": 123456789}
         outputs = [np.full(x.shape, poison[np.dtype(x.dtype).kind], x.dtype) for x in leaves]
         inputs = [operand(*pair) for pair in zip(arrays, operands, strict=True)]
-        with np.errstate(all="ignore"):
+        with _one_at_a_time, np.errstate(all="ignore"):
             kernel[grid if isinstance(grid, tuple) else (grid,)](
                 *inputs, *map(HostTensor, outputs), **constants
             )
