@@ -252,8 +252,8 @@ def test_auto_takes_the_kernels():
     )
 
 
-def training_losses(implementation, dtype="bfloat16"):
-    """Nats a token of 20 updates on one batch."""
+def train(implementation, dtype="bfloat16"):
+    """Makes 20 updates on one batch; returns the nats a token of each, and the state after it."""
     config = tiny_run.settings(
         steps=20, implementation=implementation, model__dtype=dtype, model__head_dim=16
     )
@@ -270,14 +270,19 @@ def training_losses(implementation, dtype="bfloat16"):
     for _ in range(config.steps):
         state, metrics = setup.train_step(state, batch)
         losses.append(float(metrics.sums.nats / metrics.sums.weight))
-    return losses
+    return losses, state
 
 
 def test_twenty_updates_agree_with_xla():
-    actual, expected = training_losses(KERNELS), training_losses("xla")
+    (actual, _), (expected, _) = train(KERNELS), train("xla")
     assert expected[-1] < 0.8 * expected[0], "nothing was learned"
     # bfloat16 activations have 8 bits, and a selected block may change with the last of them.
     np.testing.assert_allclose(actual, expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("implementation", ["xla", KERNELS])
+def test_twenty_updates_give_the_same_bits_twice(implementation):
+    chex.assert_trees_all_equal(train(implementation), train(implementation))
 
 
 @pytest.mark.parametrize("v_head_dim", [64, 48])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nsa_jax import NSAConfig
-from nsa_jax.model import Transformer, TransformerConfig, layer_intermediates
+from nsa_jax.model import Transformer, TransformerConfig, _look_up, layer_intermediates
 
 CONFIG = TransformerConfig(
     vocab_size=50,
@@ -92,6 +92,30 @@ def test_tied_embeddings_share_one_matrix():
     untied = initialised(dataclasses.replace(CONFIG, tie_embeddings=False))
     assert "logits" not in tied
     assert untied["logits"]["kernel"].shape == (24, 50)
+
+
+def test_embeddings_are_differentiated_as_by_indexing():
+    tokens = jax.random.randint(jax.random.key(0), (2, 50), 0, 3)  # few and frequent
+    table = jax.random.normal(jax.random.key(1), (7, 5))
+    weights = jax.random.normal(jax.random.key(2), (2, 50, 5))
+
+    def gradient(look_up):
+        return jax.grad(lambda table: jnp.sum(weights * look_up(table, tokens) ** 2))(table)
+
+    ours = gradient(_look_up)
+    # Sums of some thirty float32 terms in two orders.
+    np.testing.assert_allclose(ours, gradient(lambda x, i: x[i]), rtol=1e-5, atol=1e-5)
+    assert not ours[3:].any(), "tokens that are not there have no gradient"
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_no_gradient_adds_by_scattering(tie_embeddings):
+    """On a GPU that would be atomics: sums in an order that differs between runs."""
+    config = dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings)
+    params = jax.eval_shape(functools.partial(initialised, config))
+    text = str(jax.make_jaxpr(functools.partial(loss_and_gradients, config))(params))
+    assert "dot_general" in text
+    assert "scatter-add" not in text
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
