@@ -132,6 +132,17 @@ class Items(NamedTuple):
     first_items: jax.Array
 
 
+def _edges(keys, num_keys):
+    """Where each of 0, 1, ..., num_keys begins, or would, among the ascending int32 `keys`."""
+    at = jnp.arange(keys.size, dtype=jnp.int32)
+    begins = jnp.diff(keys, prepend=-1) > 0
+    # The others go, each to a place of its own, beyond the end, that is nowhere.
+    place = jnp.where(begins, keys, num_keys + 1 + at)
+    edges = jnp.full(num_keys + 1, keys.size, jnp.int32)
+    edges = edges.at[place].set(at, mode="drop", unique_indices=True)
+    return jax.lax.cummin(edges, reverse=True)
+
+
 def items(block_indices, *, num_blocks: int, size: int) -> Items:
     """The inverted index of `block_indices` [B, T, K, M], by one stable sort."""
     batch, num_queries, groups, num_selected = block_indices.shape
@@ -144,8 +155,7 @@ def items(block_indices, *, num_blocks: int, size: int) -> Items:
     queries = jnp.broadcast_to(queries, (rows, queries.size)).reshape(-1)
     keys, queries = jax.lax.sort((keys, queries), num_keys=1, is_stable=True)
 
-    edges = jnp.searchsorted(keys, jnp.arange(rows * num_blocks + 1, dtype=jnp.int32))
-    edges = edges.astype(jnp.int32)
+    edges = _edges(keys, rows * num_blocks)
     starts = edges[:-1].reshape(rows, num_blocks)
     counts = jnp.diff(edges).reshape(rows, num_blocks)
     ends = jnp.cumsum(-(-counts // size), axis=1, dtype=jnp.int32)
