@@ -5,7 +5,6 @@ Nothing here reads flags, so that every benchmark has its own.
 
 import dataclasses
 import functools
-import importlib.metadata
 import math
 import os
 import platform
@@ -19,16 +18,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from nsa_jax import native_sparse_attention
 from nsa_jax.ops import branches, dense, dispatch
+from nsa_jax.training import environment
 from tests.arg_specs import ArgSpec, random_inputs
 
 SAMPLE_SECONDS = 0.03  # a sample is as many runs in a row as take this long
 ENOUGH_SECONDS = 2.0  # of samples; fewer than asked for are taken once they took as much
 LEAST_SAMPLES = 3
-_PACKAGES = ("triton", "jax-triton", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
 
 
 class Timing(NamedTuple):
@@ -245,18 +243,9 @@ def hardware(module: str) -> dict:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
-    record = {
+    return {
         "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "device": jax.devices()[0].device_kind,
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-    }
-    for package in _PACKAGES:
-        try:
-            record[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return record
+    } | environment.versions()

@@ -12,6 +12,8 @@ _PACKAGES = (
     "nsa-jax",
     "jax",
     "jaxlib",
+    "jax-cuda13-plugin",
+    "nvidia-cudnn-cu13",
     "flax",
     "optax",
     "orbax-checkpoint",

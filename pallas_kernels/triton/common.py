@@ -111,6 +111,20 @@ def finish_softmax(state):
 
 
 @triton.jit
+def delta_of(out, d_out, d_lse, mask):
+    """What every score's gradient of a row has in common: the output times its gradient.
+
+    Args:
+      out: [rows, V].
+      d_out: [rows, V].
+      d_lse: pointers to the gradients of lse, which are there where `mask` is set.
+      mask: [rows].
+    """
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    return delta - tl.load(d_lse, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_lse2(lse, mask):
     """lse in base 2; +inf on an empty row, so that its probabilities are 0."""
     lse2 = tl.load(lse, mask=mask, other=0.0) * LOG2E

@@ -16,11 +16,11 @@ import triton.language as tl
 from pallas_kernels.triton import launch, tuning
 from pallas_kernels.triton.common import (
     LOG2E,
+    delta_of,
     finish_softmax,
     load_lse2,
     load_rows,
     load_tile,
-    padded,
     start_softmax,
     store_tile,
     update_softmax,
@@ -163,8 +163,7 @@ def _dq_kernel(
     q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
     d_out_tile = load_tile(d_out + head_index * V, offset * V, valid, V, VP, True)
     out_tile = load_tile(out + head_index * V, offset * V, valid, V, VP, True)
-    row_delta = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
-    row_delta -= tl.load(d_lse + head_index + offset, mask=valid, other=0.0)
+    row_delta = delta_of(out_tile, d_out_tile, d_lse + head_index + offset, valid)
     tl.store(delta + head_index + offset, row_delta, mask=valid)
     lse2 = load_lse2(lse + head_index + offset, valid)
     first_row = batch * S + first
@@ -251,22 +250,6 @@ def _dkv_kernel(
     store_tile(dv + first_head * V, k_offset * V, dv_tile, at < S, V, VP)
 
 
-def _sizes(q, k, v, scale):
-    """The constants that all three kernels are compiled for."""
-    return {
-        "SCALE": scale,
-        "T": q.shape[1],
-        "S": k.shape[1],
-        "N": q.shape[2],
-        "K": k.shape[2],
-        "H": q.shape[3],
-        "V": v.shape[3],
-        "HP": padded(q.shape[3]),
-        "VP": padded(v.shape[3]),
-        "PRECISION": launch.precision(q.dtype),
-    }
-
-
 def _tuning(kernel, q, v, longest=None):
     if longest is not None and longest <= SHORT:
         kernel = f"{kernel}_short"
@@ -288,15 +271,12 @@ def _launch_over_rows(kernel, cut, q, k, v, rest, out_type, scale):
         KEYS=cut.keys,
         K_TMA=k_tma,
         V_TMA=v_tma,
-        **_sizes(q, k, v, scale),
+        **launch.sizes(q, k, v, scale),
     )
 
 
 def _forward(q, k, v, lo, hi, *, scale, longest):
-    out_type = (
-        jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
-        jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
-    )
+    out_type = launch.like(q, v.shape[3])
     cut = _tuning("interval_forward", q, v, longest)
     return _launch_over_rows(_forward_kernel, cut, q, k, v, (lo, hi), out_type, scale)
 
@@ -346,16 +326,13 @@ def _key_gradients(q, k, v, lo, hi, lse, d_out, delta, cut, scale):
         ROWS=cut.rows,
         KEYS=cut.keys,
         SPLITS=splits,
-        **_sizes(q, k, v, scale),
+        **launch.sizes(q, k, v, scale),
     )
     return tuple(sum(x[i] for i in range(splits)).astype(k.dtype) for x in (dk, dv))
 
 
 def _backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
-    out_type = (
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct(lse.shape, jnp.float32),
-    )
+    out_type = launch.like(q, q.shape[3])
     rest = (lo, hi, out, lse, d_out, d_lse)
     cut = _tuning("interval_dq", q, v, longest)
     dq, delta = _launch_over_rows(_dq_kernel, cut, q, k, v, rest, out_type, scale)
@@ -393,7 +370,7 @@ def interval_attention(q, k, v, lo, hi, scale, longest=None):
       q: queries [B, T, N, H], bfloat16, float16 or float32.
       k: keys [B, S, K, H]; K divides N.
       v: values [B, S, K, V].
-      lo: int32 [B, T], not decreasing along t.
+      lo: int32 [B, T], at least 0, not decreasing along t.
       hi: int32 [B, T], not decreasing along t; a row with hi <= lo is empty.
       scale: a Python number that multiplies the scores.
       longest: a bound on hi - lo, if one is known; short intervals are tuned apart.

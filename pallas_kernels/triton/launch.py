@@ -81,6 +81,32 @@ def precision(dtype) -> str:
     return "tf32x3" if jnp.dtype(dtype) == jnp.float32 else "ieee"
 
 
+def sizes(q, k, v, scale):
+    """The constants that every attention kernel is compiled for."""
+    from pallas_kernels.triton.common import padded
+
+    return {
+        "SCALE": scale,
+        "T": q.shape[1],
+        "S": k.shape[1],
+        "N": q.shape[2],
+        "K": k.shape[2],
+        "H": q.shape[3],
+        "V": v.shape[3],
+        "HP": padded(q.shape[3]),
+        "VP": padded(v.shape[3]),
+        "PRECISION": precision(q.dtype),
+    }
+
+
+def like(q, features):
+    """The types of an array [B, T, N, features] in q's dtype, and of one number a row of it."""
+    return (
+        jax.ShapeDtypeStruct((*q.shape[:3], features), q.dtype),
+        jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
+    )
+
+
 def row_loader(x, size):
     """What a kernel loads tiles of `size` whole rows of x [B, S, K, H] from.
 

@@ -22,6 +22,7 @@ from pallas_kernels.triton import launch, lists, tuning
 from pallas_kernels.triton.common import (
     LARGEST_INT,
     LOG2E,
+    delta_of,
     finish_softmax,
     load_lse2,
     load_rows,
@@ -176,8 +177,7 @@ def _dq_kernel(
     q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
     d_out_tile = load_tile(d_out + head_index * V, offset * V, valid, V, VP, True)
     out_tile = load_tile(out + head_index * V, offset * V, valid, V, VP, True)
-    row_delta = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
-    row_delta -= tl.load(d_lse + head_index + offset, mask=valid, other=0.0)
+    row_delta = delta_of(out_tile, d_out_tile, d_lse + head_index + offset, valid)
     tl.store(delta + head_index + offset, row_delta, mask=valid)
     lse2 = load_lse2(lse + head_index + offset, valid)
     # Turned here, and not before each product, for them to lie in shared memory before the steps.
@@ -294,23 +294,6 @@ def _tuning(kernel, q, v):
     return tuning.lookup(kernel, head_dim=q.shape[3], v_head_dim=v.shape[3], dtype=q.dtype)
 
 
-def _sizes(q, k, v, block_size, scale):
-    """The constants that the three large kernels are compiled for."""
-    return {
-        "SCALE": scale,
-        "T": q.shape[1],
-        "S": k.shape[1],
-        "N": q.shape[2],
-        "K": k.shape[2],
-        "H": q.shape[3],
-        "V": v.shape[3],
-        "HP": padded(q.shape[3]),
-        "VP": padded(v.shape[3]),
-        "BLOCK_SIZE": block_size,
-        "PRECISION": launch.precision(q.dtype),
-    }
-
-
 def _launch_over_queries(kernel, name, q, k, v, block_indices, q_positions, rest, out_type, sizes):
     """Launches one program for each tile of queries."""
     cut = _tuning(name, q, v)
@@ -347,11 +330,8 @@ def _launch_over_queries(kernel, name, q, k, v, block_indices, q_positions, rest
 
 
 def _forward(q, k, v, block_indices, q_positions, *, block_size, scale):
-    out_type = (
-        jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
-        jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
-    )
-    sizes = _sizes(q, k, v, block_size, scale)
+    out_type = launch.like(q, v.shape[3])
+    sizes = launch.sizes(q, k, v, scale) | {"BLOCK_SIZE": block_size}
     return _launch_over_queries(
         *(_forward_kernel, "selected_forward", q, k, v, block_indices, q_positions, ()),
         *(out_type, sizes),
@@ -407,11 +387,8 @@ def _key_gradients(q, k, v, block_indices, q_positions, lse, d_out, delta, sizes
 
 
 def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, block_size, scale):
-    out_type = (
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct(lse.shape, jnp.float32),
-    )
-    sizes = _sizes(q, k, v, block_size, scale)
+    out_type = launch.like(q, q.shape[3])
+    sizes = launch.sizes(q, k, v, scale) | {"BLOCK_SIZE": block_size}
     rest = (out, lse, d_out, d_lse)
     dq, delta = _launch_over_queries(
         _dq_kernel, "selected_dq", q, k, v, block_indices, q_positions, rest, out_type, sizes

@@ -47,7 +47,7 @@ def interval_attention(
       q: queries.
       k: keys; K divides N.
       v: values.
-      lo: int32, not decreasing along t.
+      lo: int32, at least 0, not decreasing along t.
       hi: int32, not decreasing along t; a row with hi <= lo is empty.
       scale: multiplies the scores.
       longest: a bound on hi - lo, if one is known, by which kernels choose their tiles; not used
