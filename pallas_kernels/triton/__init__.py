@@ -5,7 +5,7 @@
     lists.py      those unions, and for the backward pass who selected each block
     blocks.py     select_blocks: compressed probabilities made anew and ranked on chip
     common.py     what the kernels share on the device
-    launch.py     the one call of jax-triton, vmap, and what is refused
+    launch.py     the one call of jax-triton, and what is refused
     tuning.py     tile sizes, warps and stages by device, dims and dtype
 
 A row is one query head of one query. The G heads of a group lie beside each other in memory, so

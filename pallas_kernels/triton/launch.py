@@ -1,10 +1,10 @@
-"""The one call of jax-triton, how vmap reaches a kernel, and what Triton refuses."""
+"""The one call of jax-triton, and what Triton refuses."""
 
-import functools
 import importlib.util
 
-import jax
 import jax.numpy as jnp
+
+from pallas_kernels.calls import batched, device, positive_scale  # noqa: F401
 
 DTYPES = ("bfloat16", "float16", "float32")
 OLDEST_CAPABILITY = 8.0  # Ampere
@@ -43,33 +43,6 @@ def launch(kernel, *arrays, out_type, grid, num_warps, num_stages, **constants):
         },
         **constants,
     )
-
-
-def batched(function):
-    """Makes vmap fold the mapped axis into the batch, which leads every argument and result."""
-    function = jax.custom_batching.custom_vmap(function)
-
-    @function.def_vmap
-    def rule(axis_size, in_batched, *args):
-        def fold(x, is_batched):
-            if not is_batched:
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
-
-        def unfold(x):
-            return x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:])
-
-        results = jax.tree.map(unfold, function(*map(fold, args, in_batched)))
-        return results, jax.tree.map(lambda _: True, results)
-
-    return function
-
-
-def positive_scale(q, scale):
-    """Moves the sign of the scale, or its being 0, into q: the kernels want a scale above 0."""
-    if scale > 0:
-        return q, scale
-    return (-q, -scale) if scale < 0 else (0 * q, 1.0)
 
 
 def precision(dtype) -> str:
@@ -127,14 +100,6 @@ def row_loader(x, size):
 
     x = x.reshape(batch * length, heads * features)
     return jax_triton.TensorDescriptor.from_array(x, (size, features)), True
-
-
-@functools.cache
-def device() -> tuple[str, float]:
-    """The kind of the process' first device, and its compute capability; 0 if it has none."""
-    first = jax.devices()[0]
-    capability = getattr(first, "compute_capability", 0) if first.platform == "gpu" else 0
-    return first.device_kind, float(capability)
 
 
 def refusal(operation: str, *args, **kwargs) -> str | None:

@@ -1,0 +1,101 @@
+"""What the kernels share on the device.
+
+Softmax is in base 2, since exp2 is one instruction: scores are multiplied by scale * log2(e), and
+only `lse` in memory is natural.
+"""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu import launch
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+
+#: Rows of one matrix product of a warpgroup.
+ROWS = 64
+
+#: Pallas moves tiles of 8 rows of 128 bytes between global and shared memory: the first row of
+#: every copy and the length of that dimension in global memory are multiples of 8.
+TILE_ROWS = 8
+
+#: How shared memory is laid out for the tensor cores: those tiles, swizzled.
+TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
+
+#: One element a register: the layout of an accumulator, and of vectors of its rows and columns.
+TILE = plgpu.Layout.WGMMA
+OF_ROWS, OF_COLUMNS = TILE.reduce(1), TILE.reduce(0)
+
+
+def smem(*shape, dtype):
+    """Shared memory for matrices [..., rows, columns] of a 16-bit dtype, laid out for products."""
+    return plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
+
+
+def full(shape, value, layout=TILE):
+    """A float32 array of one value in registers."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def by_row(x, shape):
+    """A vector of rows as a matrix."""
+    return jax.lax.broadcast_in_dim(x, shape, (0,))
+
+
+def by_column(x, shape):
+    """A vector of columns as a matrix."""
+    return jax.lax.broadcast_in_dim(x, shape, (1,))
+
+
+def product(a, b, meanwhile=lambda: None):
+    """a [M, K] times b [K, N], both in shared memory (`ref.transpose((1, 0))` costs nothing).
+
+    Args:
+      a: the left matrix.
+      b: the right matrix.
+      meanwhile: called once the product has begun; what it does overlaps with the product.
+
+    Returns:
+      [M, N] float32 in registers.
+    """
+
+    def run(acc):
+        plgpu.wgmma(acc, a, b)
+        meanwhile()
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def accumulate(acc, p, v, meanwhile=lambda: None):
+    """acc + p @ v, where acc and p are in registers.
+
+    The one place where the interpreter runs another program than the device: it has no products of
+    register operands and no accumulators that begin with a value. On a device p is an operand from
+    registers and the product begins with acc, which cross-lowering on a CPU compiles and the tests
+    on a GPU run. Interpreted, v is read and the product taken outside of the tensor cores, which
+    proves the barriers and the mathematics around it.
+
+    Args:
+      acc: [M, V] float32.
+      p: [M, K] in v's dtype.
+      v: [K, V] in shared memory.
+      meanwhile: called once the product has begun; what it does overlaps with the product.
+
+    Returns:
+      [M, V] float32 in registers.
+    """
+    if not launch.is_interpreted():
+
+        def run(acc):
+            plgpu.wgmma(acc, p, v)
+            meanwhile()
+
+        return pl.run_state(run)(plgpu.ACC.init(acc))
+
+    meanwhile()
+    total = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()  # what was read like this may be overwritten by a copy
+    return total
