@@ -2,7 +2,7 @@
 
     interval.py   interval_attention: tiles of query rows walk the tiles of keys they may see
     selected.py   selected_attention: tiles of queries walk the union of the blocks they selected
-    lists.py      those unions, and for the backward pass who selected each block
+    lists.py      those unions
     blocks.py     select_blocks: compressed probabilities made anew and ranked on chip
     common.py     what the kernels share on the device
     launch.py     the one call of jax-triton, and what is refused

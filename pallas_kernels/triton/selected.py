@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels.lists import inverted_index
 from pallas_kernels.triton import launch, lists, tuning
 from pallas_kernels.triton.common import (
     LARGEST_INT,
@@ -367,7 +368,7 @@ def _key_gradients(q, k, v, block_indices, q_positions, lse, d_out, delta, sizes
     cut = _tuning("selected_dkv", q, v)
     keys = min(cut.keys, padded(block_size))
     num_blocks = triton.cdiv(k.shape[1], block_size)
-    queries, items, first_items = lists.items(
+    queries, items, first_items = inverted_index(
         block_indices, num_blocks=num_blocks, size=ITEM_QUERIES
     )
     shape = (*items.shape[:3], block_size)
