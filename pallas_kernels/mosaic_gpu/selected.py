@@ -1,15 +1,25 @@
-"""selected_attention: each query attends the key blocks that it selected."""
+"""selected_attention: each query attends the key blocks that it selected.
+
+Forward and for dq, a tile of neighbouring queries, all heads of a group, walks the union of the
+blocks that its queries selected; for dk and dv a block meets, item by item, the queries that
+selected it. A NaN in memory that no query of a tile selected or has reached changes nothing; one in
+a block that some query of the tile has passed and selected reaches the others of that tile.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu import launch, lists
-from pallas_kernels.mosaic_gpu.common import ROWS, TILE_ROWS
+from pallas_kernels.lists import inverted_index
+from pallas_kernels.mosaic_gpu import launch, lists, selected_backward
+from pallas_kernels.mosaic_gpu.common import LOG2E, ROWS, TILE_ROWS
 from pallas_kernels.mosaic_gpu.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
 from pallas_kernels.mosaic_gpu.selected_forward import forward
 from pallas_kernels.mosaic_gpu.selected_walk import COMPUTE
+
+#: Queries of a block that one program takes for dk and dv.
+ITEM_QUERIES = 1024
 
 
 def _heads(group):
@@ -17,13 +27,13 @@ def _heads(group):
     return max(group, TILE_ROWS)
 
 
-def _split_heads(x, num_kv_heads):
-    """[B, T, N, ...] as [B, T, K, heads, ...], with zeros for heads that do not exist."""
+def _split_heads(x, num_kv_heads, fill=0):
+    """[B, T, N, ...] as [B, T, K, heads, ...], with `fill` for heads that do not exist."""
     group = x.shape[2] // num_kv_heads
     x = x.reshape(*x.shape[:2], num_kv_heads, group, *x.shape[3:])
     padding = [(0, 0)] * x.ndim
     padding[3] = (0, _heads(group) - group)
-    return jnp.pad(x, padding) if group < TILE_ROWS else x
+    return jnp.pad(x, padding, constant_values=fill) if group < TILE_ROWS else x
 
 
 def _join_heads(x, group):
@@ -64,3 +74,86 @@ def _forward(q, k, v, block_indices, q_positions, *, block_size, scale):
     )
     lse = _from_rows(lse, _heads(group), q.shape[1])
     return _join_heads(out, group), _join_heads(lse, group)
+
+
+def _to_rows(x, fill):
+    """[B, T, K, heads] as [B, K, tiles, COMPUTE, ROWS], `fill` beyond T."""
+    batch, _, groups, heads = x.shape
+    x = lists.split_tiles(x, COMPUTE * ROWS // heads, fill)
+    return jnp.moveaxis(x, 3, 1).reshape(batch, groups, -1, COMPUTE, ROWS)
+
+
+def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, block_size, scale):
+    num_kv_heads, num_keys = k.shape[2], k.shape[1]
+    delta = jnp.einsum("btnv,btnv->btn", out, d_out, preferred_element_type=jnp.float32) - d_lse
+    lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
+    delta = _split_heads(delta, num_kv_heads)
+    lse2 = _split_heads(lse2, num_kv_heads, jnp.inf)
+    q_heads, d_out_heads = (_split_heads(x, num_kv_heads) for x in (q, d_out))
+    keys, values = _padded_keys(k), _padded_keys(v)
+
+    unions, positions = _tiles(q, k, block_indices, q_positions, block_size)
+    dq = selected_backward.dq(
+        *(q_heads, keys, values, d_out_heads, _to_rows(lse2, jnp.inf), _to_rows(delta, 0)),
+        *(unions, positions),
+        block_size=block_size,
+        scale=scale,
+    )
+    num_blocks = -(-num_keys // block_size)
+    index = inverted_index(block_indices, num_blocks=num_blocks, size=ITEM_QUERIES)
+    ends = (jnp.arange(num_blocks, dtype=jnp.int32) + 1) * block_size - 1
+    passed = jax.vmap(lambda x: jnp.searchsorted(x, ends))(q_positions).astype(jnp.int32)
+    partial = selected_backward.dk_dv_of_items(
+        *(q_heads, keys, values, d_out_heads, lse2, delta),
+        *(index.queries, index.items, passed, q_positions),
+        block_size=block_size,
+        scale=scale,
+    )
+    dk, dv = (
+        selected_backward.sum_items(x, index.first_items, like)[:, :num_keys]
+        for x, like in zip(partial, (keys, values), strict=True)
+    )
+    return _join_heads(dq, q.shape[2] // num_kv_heads), dk, dv
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, block_indices, q_positions, block_size, scale):
+    run = functools.partial(_forward, block_size=block_size, scale=scale)
+    return launch.batched(run)(q, k, v, block_indices, q_positions)
+
+
+def _attention_forward(q, k, v, block_indices, q_positions, block_size, scale):
+    out, lse = _attention(q, k, v, block_indices, q_positions, block_size, scale)
+    return (out, lse), (q, k, v, block_indices, q_positions, out, lse)
+
+
+def _attention_backward(block_size, scale, residuals, gradients):
+    run = functools.partial(_backward, block_size=block_size, scale=scale)
+    return *launch.batched(run)(*residuals, *gradients), None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def selected_attention(q, k, v, block_indices, q_positions, block_size, scale):
+    """Attention of each query over the tokens of its blocks up to its own position (equation 12).
+
+    Differentiable in q, k, v, through both results.
+
+    Args:
+      q: queries [B, T, N, H], bfloat16 or float16; see `launch.refusal` for what is taken.
+      k: keys [B, S, K, H]; K divides N, and the G = N // K heads of a group share their blocks.
+      v: values [B, S, K, V].
+      block_indices: int32 [B, T, K, M], distinct within a row; -1 stands for no block.
+      q_positions: int32 [B, T], the position of each query among the keys, rising along a row.
+      block_size: l', tokens a block; the last block may be shorter.
+      scale: a Python number that multiplies the scores.
+
+    Returns:
+      out [B, T, N, V] in q's dtype, exactly 0 on an empty row, and lse [B, T, N] float32, the
+      natural logarithm of the softmax's denominator, -inf on an empty row.
+    """
+    q, scale = launch.positive_scale(q, scale)
+    # A query beyond the keys sees all of its blocks.
+    q_positions = jnp.minimum(q_positions, k.shape[1] - 1)
+    return _attention(q, k, v, block_indices, q_positions, block_size, scale)

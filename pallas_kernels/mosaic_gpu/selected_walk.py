@@ -28,8 +28,8 @@ MULTIPROCESSORS = 132  # of an H100; what is compiled elsewhere than on a GPU is
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 
 #: Shared memory that barriers and small arrays may take, bytes.
-_SMALL = 4096
-_MOST_STAGES = 8
+SMALL = 4096
+MOST_STAGES = 8
 
 
 def _num_programs():
@@ -149,16 +149,16 @@ class Walk(NamedTuple):
 
         def tile(i, carry):
             # Those of one group are neighbours: its keys and values stay in the L2 cache.
-            rest, tile = _divide(program + i * self.programs, self.tiles)
-            return body(Place(*_divide(rest, self.groups), tile), carry)
+            rest, tile = divide(program + i * self.programs, self.tiles)
+            return body(Place(*divide(rest, self.groups), tile), carry)
 
         return jax.lax.fori_loop(0, count, tile, carry)
 
     def load(self, operands, blocks, counts, rings, cleared):
         """The memory warpgroup: copies the blocks of all tiles of this program.
 
-        Of operand `cleared`, keys after the last query of the tile become zeros: what they hold, a
-        NaN say, times a probability of 0 is not 0.
+        Of operand `cleared`, which is multiplied by probabilities, keys after the last query of the
+        tile become zeros.
         """
         *rings, raw = rings
 
@@ -171,28 +171,17 @@ class Walk(NamedTuple):
             def _():
                 plgpu.barrier_wait(rings[i].released.at[slot])
 
-            if i != cleared:
+            if i == cleared:
+                load_reached(source, stage, loaded, raw, last - start)
+            else:
                 plgpu.copy_gmem_to_smem(source, stage, loaded)
-                return
-            all_reached = start + KEYS - 1 <= last
-
-            @pl.when(all_reached)
-            def _():
-                plgpu.copy_gmem_to_smem(source, stage, loaded)
-
-            @pl.when(jnp.logical_not(all_reached))
-            def _():
-                plgpu.copy_gmem_to_smem(source, stage, raw)
-                plgpu.barrier_wait(raw)
-                _clear(stage, last - start)
-                plgpu.barrier_arrive(loaded)
 
         def tile(place, n):
             at = tuple(place)
             last = counts[*at, 2]
 
             def step(i, n):
-                entry, part = _divide(i, self.parts)
+                entry, part = divide(i, self.parts)
                 start = pl.multiple_of(blocks[*at, entry] * self.block_size + part * KEYS, KEYS)
                 for operand in range(2):
                     copy(operand, n, place, start, last)
@@ -231,7 +220,7 @@ class Walk(NamedTuple):
 
         def step(i, carry, whole):
             n, state = carry
-            entry, part = _divide(i, self.parts)
+            entry, part = divide(i, self.parts)
             mask = masks[*at, entry]
             seen = None
             if not whole:
@@ -260,18 +249,32 @@ class Walk(NamedTuple):
         return jax.lax.fori_loop(whole_steps, steps, lambda *x: step(*x, whole=False), carry)
 
 
-def _divide(x, by):
+def divide(x, by):
+    """The quotient and the remainder of int32 x."""
     return (x, 0) if by == 1 else (jax.lax.div(x, by), jax.lax.rem(x, by))
 
 
-def _clear(stage, last):
-    """Zeroes the rows of stage [KEYS, features] after row `last`, for products to read."""
-    for i in range(0, stage.shape[1], KEYS):
-        part = stage.at[:, pl.ds(i, KEYS)]
-        x = plgpu.load(part, layout=TILE)
-        row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE)
-        part[...] = jnp.where(row <= last, x, jnp.zeros_like(x))
-    plgpu.commit_smem()
+def load_reached(source, stage, loaded, raw, last):
+    """Copies KEYS keys to `stage`, with zeros for those after key `last` of them.
+
+    What such keys hold, a NaN say, times a probability of 0 would not be 0.
+    """
+
+    @pl.when(last >= KEYS - 1)
+    def _():
+        plgpu.copy_gmem_to_smem(source, stage, loaded)
+
+    @pl.when(last < KEYS - 1)
+    def _():
+        plgpu.copy_gmem_to_smem(source, stage, raw)
+        plgpu.barrier_wait(raw)
+        for i in range(0, stage.shape[1], KEYS):
+            part = stage.at[:, pl.ds(i, KEYS)]
+            x = plgpu.load(part, layout=TILE)
+            key = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE)
+            part[...] = jnp.where(key <= last, x, jnp.zeros_like(x))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(loaded)
 
 
 def load_rows(walk, ref, stage, loaded, place):
@@ -306,7 +309,7 @@ def _stages(head_dim, v_head_dim, fixed):
     Values have the one that may be left: they are held until the end of a step, keys only until
     their first product.
     """
-    room = launch.SHARED_MEMORY - _SMALL - fixed
+    room = launch.SHARED_MEMORY - SMALL - fixed
     keys, values = (2 * KEYS * x for x in (head_dim, v_head_dim))
-    both = min(room // (keys + values), _MOST_STAGES)
+    both = min(room // (keys + values), MOST_STAGES)
     return both, both + (room - both * (keys + values) >= values)

@@ -1,0 +1,342 @@
+"""selected_attention, backward: dq by tiles of queries, dk and dv by blocks of keys.
+
+For dq a tile walks its union as in the forward pass. For dk and dv an item, which is a block and
+some of the queries that selected it, gathers the rows of those queries; one warpgroup makes dv and
+another one dk, so that neither holds more than one gradient in registers, whatever the head sizes.
+The items of a block are added in order by a kernel of their own: no atomics anywhere.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu import launch
+from pallas_kernels.mosaic_gpu.common import (
+    LOG2E,
+    OF_COLUMNS,
+    ROWS,
+    TILE,
+    accumulate,
+    by_column,
+    by_row,
+    full,
+    product,
+    products,
+    smem,
+)
+from pallas_kernels.mosaic_gpu.selected_walk import (
+    COMPUTE,
+    COMPUTE_REGISTERS,
+    KEYS,
+    MEMORY_REGISTERS,
+    MOST_STAGES,
+    SMALL,
+    Ring,
+    Walk,
+    divide,
+    load_reached,
+    load_rows,
+    store_rows,
+)
+
+#: Whose warpgroup it is, of the kernel for dk and dv.
+_DV, _DK, _MEMORY = range(3)
+
+
+def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
+    """The gradient of the queries.
+
+    Args:
+      q: [B, T, K, heads, H].
+      k: [B, S, K, H], S a multiple of 8.
+      v: [B, S, K, V].
+      d_out: [B, T, K, heads, V].
+      lse2: float32 [B, K, tiles, COMPUTE, ROWS], in base 2; +inf on empty rows.
+      delta: float32 like lse2, the sum of out * d_out less the gradient of lse.
+      lists: `lists.Unions`.
+      positions: int32 [B, tiles, COMPUTE, ROWS], of the query of each row.
+      block_size: l'.
+      scale: above 0.
+
+    Returns:
+      In the shape and dtype of q.
+    """
+    features, v_features = k.shape[3], v.shape[3]
+    fixed = 2 * COMPUTE * ROWS * (features + v_features)
+    walk = Walk.cut(q, v, positions.shape[1], block_size, fixed)
+
+    def selected_dq(q, k, v, d_out, lse2, delta, positions, blocks, masks, counts, dq, scratch):
+        q_smem, d_out_smem, rows_loaded, rings = scratch
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        def compute_tile(place, n):
+            loaded = rows_loaded.at[warpgroup]
+            q_rows, d_out_rows = (x.at[warpgroup] for x in (q_smem, d_out_smem))
+            load_rows(walk, q, q_rows, loaded, place)
+            load_rows(walk, d_out, d_out_rows, loaded, place)
+            position = walk.of_rows(positions.at[place.batch, place.tile])
+            row_lse2, row_delta = (walk.of_rows(x.at[*place]) for x in (lse2, delta))
+            plgpu.barrier_wait(loaded)
+
+            def step(keys, acc):
+                keys.wait_keys()
+                keys.wait_values()
+                # Of rows that did not choose the block exp2 is 0.
+                offset = jnp.where(keys.chosen, row_lse2, jnp.inf)
+
+                def probabilities(scores):
+                    if keys.seen is not None:
+                        scores = jnp.where(keys.seen, scores, -jnp.inf)
+                    return jnp.exp2(scores * (scale * LOG2E) - by_row(offset, scores.shape))
+
+                p, dp = products(
+                    *(q_rows, keys.keys.transpose((1, 0))),
+                    *(d_out_rows, keys.values.transpose((1, 0)), probabilities),
+                )
+                keys.release_values()
+                if keys.seen is not None:
+                    dp = jnp.where(keys.seen, dp, 0.0)  # of keys that nobody sees it may be NaN
+                ds = (p * (dp - by_row(row_delta, p.shape))).astype(q.dtype)
+                acc = accumulate(acc, ds, keys.keys)
+                keys.release_keys()
+                return acc
+
+            n, acc = walk.consume(
+                *(step, place, (blocks, masks, counts), position, rings, n),
+                full((ROWS, features), 0.0),
+            )
+            q_rows[...] = (acc * scale).astype(q.dtype)
+            plgpu.commit_smem()
+            store_rows(walk, q_rows, dq, place)
+            plgpu.wait_smem_to_gmem(0)
+            return n
+
+        @pl.when(warpgroup < COMPUTE)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            walk.over_tiles(compute_tile, 0)
+
+        @pl.when(warpgroup == COMPUTE)
+        def _():
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            walk.load((k, v), blocks, counts, rings, cleared=0)
+
+    (result,) = launch.launch(
+        selected_dq,
+        *(q, k, v, d_out, lse2, delta, positions, *lists),
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
+        programs=walk.programs,
+        warpgroups=COMPUTE + 1,
+        scratch=(
+            smem(COMPUTE, ROWS, features, dtype=q.dtype),
+            smem(COMPUTE, ROWS, v_features, dtype=q.dtype),
+            plgpu.Barrier(num_arrivals=2 * walk.queries, num_barriers=COMPUTE),
+            walk.rings(q.dtype),
+        ),
+    )
+    return result
+
+
+def dk_dv_of_items(
+    q, k, v, d_out, lse2, delta, queries, items, passed, q_positions, *, block_size, scale
+):
+    """What each item gives to dk and dv.
+
+    Args:
+      q: [B, T, K, heads, H].
+      k: [B, S, K, H], S a multiple of 8.
+      v: [B, S, K, V].
+      d_out: [B, T, K, heads, V].
+      lse2: float32 [B, T, K, heads], in base 2; +inf on empty rows and for heads that are padding.
+      delta: float32 like lse2.
+      queries, items: of `lists.InvertedIndex`.
+      passed: int32 [B, blocks], the first query that sees the block whole.
+      q_positions: int32 [B, T].
+      block_size: l'.
+      scale: above 0.
+
+    Returns:
+      float32 [B, K, items, block_size, H] and [B, K, items, block_size, V]; nothing is written
+      where an item has no queries.
+    """
+    batch, _, groups, heads, features = q.shape
+    v_features, num_items = v.shape[3], items.shape[2]
+    parts, each = block_size // KEYS, ROWS // heads
+    stage = 2 * ROWS * (features + v_features)
+    stages = min((launch.SHARED_MEMORY - SMALL - stage) // stage, MOST_STAGES)
+    c = scale * LOG2E
+
+    def selected_dk_dv(
+        q, k, v, d_out, lse2, delta, queries, items, passed, q_positions, dk, dv, scratch
+    ):
+        k_smem, v_smem, keys_loaded, raw, q_smem, d_out_smem, lse2_smem, delta_smem, ring = scratch
+        warpgroup = jax.lax.axis_index("warpgroup")
+        rest, part = divide(jax.lax.axis_index("program"), parts)
+        rest, item = divide(rest, num_items)
+        b, g = divide(rest, groups)
+        block, start, count = (items[b, g, item, i] for i in range(3))
+        first_key = pl.multiple_of(block * block_size + part * KEYS, KEYS)
+        steps = jax.lax.div(count + each - 1, each)
+
+        def query(slot):
+            return queries[start + jnp.minimum(slot, count - 1)]
+
+        @pl.when((warpgroup == _MEMORY) & (count > 0))
+        def _():
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            keys = b, pl.ds(first_key, KEYS), g
+            plgpu.copy_gmem_to_smem(k.at[keys], k_smem, keys_loaded)
+            last = q_positions[b, query(count - 1)] - first_key
+            load_reached(v.at[keys], v_smem, keys_loaded, raw, last)
+
+            @pl.loop(0, steps)
+            def _(n):
+                slot = jax.lax.rem(n, stages)
+
+                @pl.when(n >= stages)
+                def _():
+                    plgpu.barrier_wait(ring.released.at[slot])
+
+                for i in range(each):
+                    at, rows = (b, query(n * each + i), g), pl.ds(i * heads, heads)
+                    for source, target in zip(
+                        (q, d_out, lse2, delta),
+                        (q_smem, d_out_smem, lse2_smem, delta_smem),
+                        strict=True,
+                    ):
+                        plgpu.copy_gmem_to_smem(
+                            source.at[at], target.at[slot, rows], ring.loaded.at[slot]
+                        )
+
+            @pl.loop(0, jnp.minimum(steps, stages))
+            def _(slot):
+                plgpu.barrier_wait(ring.released.at[slot])
+
+        def seen(n):
+            """Which keys [KEYS, ROWS] the queries of step n have passed; none beyond the last."""
+            column = plgpu.broadcasted_iota(jnp.int32, (KEYS, ROWS), 1, layout=TILE)
+            key = first_key + plgpu.broadcasted_iota(jnp.int32, (KEYS, ROWS), 0, layout=TILE)
+            mask = None
+            for i in range(each):
+                index = n * each + i
+                last = jnp.where(index < count, q_positions[b, query(index)], -1)
+                of_query = (key <= last) & (column // heads == i)
+                mask = of_query if mask is None else mask | of_query
+            return mask
+
+        def probabilities(n, slot, scores):
+            cut = (query(n * each) < passed[b, block]) | ((n + 1) * each > count)
+            scores = jax.lax.cond(
+                cut, lambda x: jnp.where(seen(n), x, -jnp.inf), lambda x: x, scores
+            )
+            column_lse2 = plgpu.load(lse2_smem.at[slot], layout=OF_COLUMNS)
+            return jnp.exp2(scores * c - by_column(column_lse2, scores.shape))
+
+        def over_steps(body, out, width, factor):
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            plgpu.barrier_wait(keys_loaded)
+
+            def step(n, acc):
+                slot = jax.lax.rem(n, stages)
+                plgpu.barrier_wait(ring.loaded.at[slot])
+                acc = body(n, slot, acc)
+                plgpu.barrier_arrive(ring.released.at[slot])
+                return acc
+
+            acc = jax.lax.fori_loop(0, steps, step, full((KEYS, width), 0.0))
+            out.at[b, g, item, pl.ds(part * KEYS, KEYS)][...] = acc * factor
+
+        @pl.when((warpgroup == _DV) & (count > 0))
+        def _():
+            def body(n, slot, acc):
+                scores = product(k_smem, q_smem.at[slot].transpose((1, 0)))
+                p = probabilities(n, slot, scores)
+                return accumulate(acc, p.astype(q.dtype), d_out_smem.at[slot])
+
+            over_steps(body, dv, v_features, 1.0)
+
+        @pl.when((warpgroup == _DK) & (count > 0))
+        def _():
+            def body(n, slot, acc):
+                p, dp = products(
+                    *(k_smem, q_smem.at[slot].transpose((1, 0))),
+                    *(v_smem, d_out_smem.at[slot].transpose((1, 0))),
+                    functools.partial(probabilities, n, slot),
+                )
+                column_delta = plgpu.load(delta_smem.at[slot], layout=OF_COLUMNS)
+                ds = p * (dp - by_column(column_delta, dp.shape))
+                return accumulate(acc, ds.astype(q.dtype), q_smem.at[slot])
+
+            over_steps(body, dk, features, scale)
+
+    return launch.launch(
+        selected_dk_dv,
+        *(q, k, v, d_out, lse2, delta, queries, items, passed, q_positions),
+        out_type=tuple(
+            jax.ShapeDtypeStruct((*items.shape[:3], block_size, x.shape[3]), jnp.float32)
+            for x in (k, v)
+        ),
+        programs=batch * groups * num_items * parts,
+        warpgroups=COMPUTE + 1,
+        scratch=(
+            smem(KEYS, features, dtype=q.dtype),
+            smem(KEYS, v_features, dtype=q.dtype),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(),
+            smem(stages, ROWS, features, dtype=q.dtype),
+            smem(stages, ROWS, v_features, dtype=q.dtype),
+            plgpu.SMEM((stages, ROWS), jnp.float32),
+            plgpu.SMEM((stages, ROWS), jnp.float32),
+            Ring(
+                None,
+                plgpu.Barrier(num_arrivals=4 * each, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+            ),
+        ),
+    )
+
+
+def sum_items(partial, first_items, like):
+    """Adds the items of each block in order.
+
+    Args:
+      partial: float32 [B, K, items, block_size, features].
+      first_items: of `lists.InvertedIndex`.
+      like: the shape [B, S, K, features] and dtype of the sums.
+    """
+    groups, _, block_size, features = partial.shape[1:]
+    blocks, parts = first_items.shape[2] - 1, block_size // KEYS
+
+    def selected_sum_items(partial, first_items, out, scratch):
+        rest, part = divide(jax.lax.axis_index("program"), parts)
+        rest, block = divide(rest, blocks)
+        b, g = divide(rest, groups)
+        rows = pl.ds(part * KEYS, KEYS)
+
+        def add(item, acc):
+            return acc + plgpu.load(partial.at[b, g, item, rows], layout=TILE, optimized=False)
+
+        first, end = first_items[b, g, block], first_items[b, g, block + 1]
+        acc = jax.lax.fori_loop(first, end, add, full((KEYS, features), 0.0))
+        scratch[...] = acc.astype(like.dtype)
+        plgpu.commit_smem()
+        start = pl.multiple_of(block * block_size + part * KEYS, KEYS)
+
+        @pl.when(start < like.shape[1])
+        def _():
+            plgpu.copy_smem_to_gmem(scratch, out.at[b, pl.ds(start, KEYS), g])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    (result,) = launch.launch(
+        selected_sum_items,
+        *(partial, first_items),
+        out_type=(jax.ShapeDtypeStruct(like.shape, like.dtype),),
+        programs=partial.shape[0] * groups * blocks * parts,
+        warpgroups=1,
+        scratch=smem(KEYS, features, dtype=like.dtype),
+    )
+    return result
