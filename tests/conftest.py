@@ -1,7 +1,13 @@
 """What all tests share: full float32 products, and the `gpu` marker."""
 
+import os
+
 import jax
 import pytest
+
+# The threads of JAX's CPU client, which is made at the first use of a device. Interpreted kernels
+# need a few that wait for each other, on however small a machine.
+os.environ.setdefault("NPROC", "16")
 
 # On GPUs JAX multiplies float32 matrices in tf32 by default, Flax's projections and the dense
 # baseline among them: too coarse to compare with.

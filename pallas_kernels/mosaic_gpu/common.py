@@ -53,20 +53,44 @@ def product(a, b, meanwhile=lambda: None):
     """a [M, K] times b [K, N], both in shared memory (`ref.transpose((1, 0))` costs nothing).
 
     Args:
-      a: the left matrix.
-      b: the right matrix.
+      a: the left matrix, or a tuple of its parts along K.
+      b: the right matrix, or a tuple of its parts along K.
       meanwhile: called once the product has begun; what it does overlaps with the product.
 
     Returns:
       [M, N] float32 in registers.
     """
+    parts = tuple(zip(a, b, strict=True)) if isinstance(a, tuple) else ((a, b),)
 
     def run(acc):
-        plgpu.wgmma(acc, a, b)
+        for left, right in parts:
+            plgpu.wgmma(acc, left, right)
         meanwhile()
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    left, right = parts[0]
+    return pl.run_scoped(run, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+
+def products(a, b, c, d, between):
+    """Two products as `product` makes them, with work on the first while the second goes on.
+
+    Args:
+      a, b: the matrices of the first product.
+      c, d: those of the second.
+      between: a function of the first product.
+
+    Returns:
+      What `between` returns, and the second product.
+    """
+
+    def run(first, second):
+        plgpu.wgmma(first, a, b)
+        plgpu.wgmma(second, c, d)
+        return between(plgpu.wgmma_accumulator_load(first, wait_n=1)), second[...]
+
+    shapes = ((x.shape[0], y.shape[1]) for x, y in ((a, b), (c, d)))
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
 def accumulate(acc, p, v, meanwhile=lambda: None):

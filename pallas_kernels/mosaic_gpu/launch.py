@@ -44,7 +44,8 @@ def launch(kernel, *arrays, out_type, programs, warpgroups, scratch):
     """Runs a Mosaic GPU kernel.
 
     Args:
-      kernel: takes references to the arrays, then to the outputs, then `scratch` as one argument.
+      kernel: takes references to the arrays, then to the outputs, then `scratch` as one argument;
+        a function, or a `functools.partial` of one, whose name the kernel gets.
         `jax.lax.axis_index("program")` and `axis_index("warpgroup")` say where it runs.
       *arrays: its operands, in global memory.
       out_type: a tuple of `jax.ShapeDtypeStruct`.
@@ -63,7 +64,7 @@ def launch(kernel, *arrays, out_type, programs, warpgroups, scratch):
         grid_names=("program",),
         num_threads=warpgroups,
         thread_name="warpgroup",
-        kernel_name=kernel.__name__,
+        kernel_name=getattr(kernel, "func", kernel).__name__.strip("_"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*arrays)
 

@@ -1,4 +1,9 @@
-"""Runs the Mosaic GPU kernels on a CPU: Pallas' interpreter, with its race detector."""
+"""Runs the Mosaic GPU kernels on a CPU: Pallas' interpreter, with its race detector.
+
+Every warpgroup is a thread that calls compiled code and waits in callbacks, so that the CPU client
+needs more threads than a small machine has cores, or all of them wait for each other for ever.
+`tests/conftest.py` asks for them.
+"""
 
 import contextlib
 

@@ -1,0 +1,102 @@
+"""Tile sizes of every kernel: a table, never a search at run time.
+
+A search at run time would choose by the clock, and another choice is another order of additions:
+two runs of one program would differ in their bits. What was measured is named in NOTES.md beside
+this file. Tests hold every entry to the shared memory of the device, by compiling it.
+"""
+
+import contextlib
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How one kernel is cut.
+
+    Attributes:
+      keys: keys a step; of kernels for dk and dv, keys a tile.
+      stages: steps whose operands are in shared memory at a time.
+    """
+
+    keys: int
+    stages: int
+
+
+# Of each kernel, (keys, stages) by (head_dim, v_head_dim).
+_INTERVAL_FORWARD = {
+    (64, 64): (128, 4),
+    (64, 128): (128, 3),
+    (64, 256): (64, 3),
+    (128, 64): (128, 3),
+    (128, 128): (128, 2),
+    (128, 256): (64, 2),
+    (192, 64): (128, 2),
+    (192, 128): (128, 2),
+    (192, 256): (64, 2),
+    (256, 64): (64, 3),
+    (256, 128): (64, 3),
+    (256, 256): (64, 2),
+}
+_INTERVAL_DQ = {
+    (64, 64): (64, 4),
+    (64, 128): (64, 4),
+    (64, 256): (64, 3),
+    (128, 64): (64, 4),
+    (128, 128): (64, 4),
+    (128, 256): (64, 2),
+    (192, 64): (64, 3),
+    (192, 128): (64, 3),
+    (192, 256): (64, 2),
+    (256, 64): (64, 3),
+    (256, 128): (64, 2),
+    (256, 256): (64, 1),
+}
+_INTERVAL_DKV = {
+    (64, 64): (128, 4),
+    (64, 128): (128, 4),
+    (64, 256): (64, 3),
+    (128, 64): (128, 4),
+    (128, 128): (128, 4),
+    (128, 256): (64, 3),
+    (192, 64): (128, 3),
+    (192, 128): (64, 4),
+    (192, 256): (64, 2),
+    (256, 64): (64, 3),
+    (256, 128): (64, 3),
+    (256, 256): (64, 2),
+}
+
+#: (kernel, head_dim, v_head_dim) -> tuning. "_short" is for intervals of few keys, see
+#: `interval.SHORT`.
+TABLE: dict[tuple[str, int, int], Tuning] = {
+    (kernel, *head_dims): Tuning(*cut)
+    for kernel, cuts in {
+        "interval_forward": _INTERVAL_FORWARD,
+        "interval_forward_short": _INTERVAL_FORWARD,
+        "interval_dq": _INTERVAL_DQ,
+        "interval_dq_short": _INTERVAL_DQ,
+        "interval_dkv": _INTERVAL_DKV,
+    }.items()
+    for head_dims, cut in cuts.items()
+}
+
+_overrides: dict[str, Tuning] = {}
+
+
+@contextlib.contextmanager
+def override(**tunings: Tuning):
+    """Within the context, kernels traced anew take these tunings instead of the table's."""
+    before = dict(_overrides)
+    _overrides.update(tunings)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def lookup(kernel: str, head_dim: int, v_head_dim: int) -> Tuning:
+    """The tuning of a kernel for these head sizes."""
+    if kernel in _overrides:
+        return _overrides[kernel]
+    return TABLE[kernel, head_dim, v_head_dim]
