@@ -1,0 +1,180 @@
+"""Which keys a tile of rows of interval_attention walks, and which tiles of rows a tile of keys.
+
+Walks are made outside of the kernels, from lo and hi, which do not decrease: the first and the last
+query of a tile bound what any and what all of its rows see.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu import rows, tuning
+from pallas_kernels.mosaic_gpu.common import TILE, TILE_ROWS, by_row
+
+COMPUTE = 2  # warpgroups that compute, beside one that copies
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
+
+#: Keys up to which an interval counts as short: its programs begin and end more than they walk.
+SHORT = 1024
+
+
+class Walk(NamedTuple):
+    """The steps of a tile; those that all of it sees whole come first."""
+
+    first: jax.Array
+    steps: jax.Array
+    head: jax.Array
+    whole: jax.Array
+
+    @classmethod
+    def make(cls, first, end, whole_first, whole_end, size=1):
+        """int32 [..., 4]: [first, end) in steps of a size, and which lie in the whole range."""
+        steps = pl.cdiv(jnp.maximum(end - first, 0), size)
+        head = jnp.minimum(pl.cdiv(jnp.maximum(whole_first - first, 0), size), steps)
+        whole = jnp.maximum(jnp.minimum(whole_end, end) - first, 0) // size - head
+        walk = jnp.broadcast_arrays(first, steps, head, jnp.maximum(whole, 0))
+        return jnp.stack(walk, axis=-1).astype(jnp.int32)
+
+    @classmethod
+    def load(cls, ref, *index):
+        """The walk at an index of what `make` made, in global memory."""
+        return cls(*(ref[*index, i] for i in range(4)))
+
+    def at(self, n, size=1):
+        """Where the n-th step begins."""
+        rest = n - self.whole
+        masked = jnp.where(rest < self.head, rest, n)
+        return self.first + jnp.where(rest < 0, self.head + n, masked) * size
+
+    def keys(self, n, size):
+        """The keys of the n-th step."""
+        return pl.ds(pl.multiple_of(self.at(n, size), TILE_ROWS), size)
+
+    def run(self, step, state):
+        """Folds step(n, state, masked) over the steps."""
+        state = jax.lax.fori_loop(0, self.whole, functools.partial(step, masked=False), state)
+        masked = functools.partial(step, masked=True)
+        return jax.lax.fori_loop(self.whole, self.steps, masked, state)
+
+
+def over_keys(lo, hi, num_keys, group, tiles, size):
+    """Of each pair of tiles of rows, its walk over the keys: int32 [B, pairs, 4].
+
+    lo and hi do not decrease: the first and the last query bound what any and what all rows see.
+    """
+    queries = rows.queries_per_tile(group) * COMPUTE
+    first_query = jnp.arange(tiles // COMPUTE) * queries
+    last_query = jnp.minimum(first_query + queries, lo.shape[1]) - 1
+    hi = jnp.minimum(hi, num_keys)
+    first = jnp.maximum(lo[:, first_query], 0) // TILE_ROWS * TILE_ROWS
+    return Walk.make(first, hi[:, last_query], lo[:, last_query], hi[:, first_query], size)
+
+
+def over_rows(lo, hi, num_keys, group, tiles, size, splits):
+    """Of each chunk of the queries and tile of keys, its walk over tiles of rows.
+
+    Returns:
+      int32 [splits, B, key tiles, 4].
+    """
+    start = jnp.arange(0, num_keys, size, dtype=jnp.int32)
+    end = jnp.minimum(start + size, num_keys)
+
+    def bounds(lo, hi):
+        return (
+            jnp.searchsorted(hi, start, side="right"),
+            jnp.searchsorted(lo, end, side="left"),
+            jnp.searchsorted(hi, end, side="left"),
+            jnp.searchsorted(lo, start, side="right"),
+        )
+
+    queries = rows.queries_per_tile(group)
+    first, end, whole_first, whole_end = jax.vmap(bounds)(lo, hi)
+    chunk = pl.cdiv(tiles, splits)
+    chunks = jnp.arange(0, splits * chunk, chunk)[:, None, None]
+    first = jnp.maximum(first // queries, chunks)
+    end = jnp.minimum(pl.cdiv(end, queries), chunks + chunk)
+    return Walk.make(first, end, pl.cdiv(whole_first, queries), whole_end // queries)
+
+
+def keep_seen(x, lo, hi):
+    """[B, S, K, V] with zeros where no query sees: 0 times what such memory may hold is not 0."""
+
+    def seen(lo, hi):
+        key = jnp.arange(x.shape[1], dtype=jnp.int32)
+        begun, ended = (
+            jnp.searchsorted(bound, key, side="right", method="scan_unrolled")
+            for bound in (lo, jnp.maximum(lo, hi))
+        )
+        return begun > ended
+
+    return jnp.where(jax.vmap(seen)(lo, hi)[:, :, None, None], x, 0)
+
+
+def padded_keys(x):
+    """[B, S, ...], S a multiple of 8, as the copies want it."""
+    padding = -x.shape[1] % TILE_ROWS
+    return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
+
+
+def program_of_rows(pairs, num_kv_heads):
+    """The batch, key/value head and pair of tiles of a program, the longest walks first."""
+    program = jax.lax.axis_index("program")
+    rest = jax.lax.div(program, pairs)
+    pair = pairs - 1 - jax.lax.rem(program, pairs)
+    return jax.lax.div(rest, num_kv_heads), jax.lax.rem(rest, num_kv_heads), pair
+
+
+def stream(steps, stages, *streams):
+    """The memory warpgroup's loop, which keeps `stages` steps in shared memory.
+
+    Args:
+      steps: how many steps there are.
+      stages: slots for them.
+      *streams: of each, a barrier by slot that says that it is free, and a function of the step and
+        its slot that begins to fill it.
+    """
+
+    @pl.loop(0, steps)
+    def _(n):
+        slot = jax.lax.rem(n, stages)
+        for free, fill in streams:
+
+            @pl.when(n >= stages)
+            def _(free=free):
+                plgpu.barrier_wait(free.at[slot])
+
+            fill(n, slot)
+
+    # The interpreter wants every arrival to be waited for.
+    @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    def _(n):
+        for free, _ in streams:
+            plgpu.barrier_wait(free.at[jax.lax.rem(n, stages)])
+
+
+def seen(key, lo, hi):
+    """Whether a row that attends [lo, hi) sees a key."""
+    return (key >= lo) & (key < hi)
+
+
+def keep(scores, first_key, lo, hi):
+    """Scores of rows and keys, -inf where a row does not see a key."""
+    shape = scores.shape
+    key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
+    return jnp.where(seen(key, by_row(lo, shape), by_row(hi, shape)), scores, -jnp.inf)
+
+
+def intervals_of_rows(lo, hi, num_keys, group, tiles):
+    """lo and hi of every row; those beyond T are empty."""
+    return tuple(rows.from_queries(x, group, tiles, 0) for x in (lo, jnp.minimum(hi, num_keys)))
+
+
+def lookup(kernel, q, v, longest=None):
+    """The tuning of a kernel, or of its kind for intervals that are at most `longest`."""
+    if longest is not None and longest <= SHORT:
+        kernel = f"{kernel}_short"
+    return tuning.lookup(kernel, q.shape[3], v.shape[3])
