@@ -19,8 +19,8 @@ class Unions(NamedTuple):
     Attributes:
       blocks: int32 [B, K, tiles, U], ascending; beyond the tile's count, anything.
       masks: int32 [B, K, tiles, U], bit i set if query i of the tile selected the block.
-      counts: int32 [B, K, tiles, 4]: how many blocks; how many of them, at the beginning, lie
-        wholly at or before every query of the tile; the largest position of the tile; 0.
+      counts: int32 [B, K, tiles, 2]: how many blocks, and how many of them, at the beginning, lie
+        wholly at or before every query of the tile.
     """
 
     blocks: jax.Array
@@ -65,13 +65,10 @@ def unions(block_indices, q_positions, *, queries: int, block_size: int, num_key
         (jnp.where(first, blocks, _NONE), jnp.where(first, masks, 0)), num_keys=1, is_stable=False
     )
 
-    positions = split_tiles(q_positions, queries, _NONE)[:, None]  # [B, 1, tiles, q]
-    smallest = positions.min(axis=-1)
-    largest = jnp.where(positions == _NONE, -1, positions).max(axis=-1)
-    passed = (blocks < num_blocks) & ((blocks + 1) * block_size - 1 <= smallest[..., None])
-    counts = [(masks != 0).sum(axis=-1), passed.sum(axis=-1)]
-    counts += [jnp.broadcast_to(x, counts[0].shape) for x in (largest, jnp.int32(0))]
-    return Unions(blocks, masks, jnp.stack(counts, axis=-1).astype(jnp.int32))
+    smallest = split_tiles(q_positions, queries, _NONE).min(axis=2)[:, None, :, None]
+    passed = (blocks < num_blocks) & ((blocks + 1) * block_size - 1 <= smallest)
+    counts = jnp.stack([(masks != 0).sum(axis=-1), passed.sum(axis=-1)], axis=-1)
+    return Unions(blocks, masks, counts.astype(jnp.int32))
 
 
 def _shifted(x, by):

@@ -85,7 +85,7 @@ def _to_rows(x, fill):
 
 def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, block_size, scale):
     num_kv_heads, num_keys = k.shape[2], k.shape[1]
-    delta = jnp.einsum("btnv,btnv->btn", out, d_out, preferred_element_type=jnp.float32) - d_lse
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1) - d_lse
     lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
     delta = _split_heads(delta, num_kv_heads)
     lse2 = _split_heads(lse2, num_kv_heads, jnp.inf)
@@ -153,6 +153,9 @@ def selected_attention(q, k, v, block_indices, q_positions, block_size, scale):
       out [B, T, N, V] in q's dtype, exactly 0 on an empty row, and lse [B, T, N] float32, the
       natural logarithm of the softmax's denominator, -inf on an empty row.
     """
+    if q.size == 0 or k.size == 0:
+        out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+        return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     q, scale = launch.positive_scale(q, scale)
     # A query beyond the keys sees all of its blocks.
     q_positions = jnp.minimum(q_positions, k.shape[1] - 1)

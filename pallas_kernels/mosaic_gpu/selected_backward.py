@@ -122,7 +122,7 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
         @pl.when(warpgroup == COMPUTE)
         def _():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            walk.load((k, v), blocks, counts, rings, cleared=0)
+            walk.load((k, v), (blocks, masks, counts), positions, rings, cleared=0)
 
     (result,) = launch.launch(
         selected_dq,

@@ -91,7 +91,7 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
         @pl.when(warpgroup == COMPUTE)
         def _():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            walk.load((k, v), blocks, counts, rings, cleared=1)
+            walk.load((k, v), (blocks, masks, counts), positions, rings, cleared=1)
 
     return launch.launch(
         selected_forward,

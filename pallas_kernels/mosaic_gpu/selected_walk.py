@@ -18,7 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import launch
-from pallas_kernels.mosaic_gpu.common import OF_ROWS, ROWS, TILE, smem
+from pallas_kernels.mosaic_gpu.common import OF_ROWS, ROWS, TILE, by_row, smem
 
 COMPUTE = 2  # warpgroups that multiply; one more copies
 KEYS = 64  # keys of a step
@@ -62,7 +62,7 @@ class Step(NamedTuple):
     Attributes:
       keys, values: [KEYS, H], [KEYS, V] in shared memory.
       chosen: bool [ROWS], of which rows the query selected the block.
-      seen: None if every row has passed the keys; else bool [ROWS, KEYS].
+      seen: None if every row has passed the keys; else bool [ROWS, KEYS], of chosen rows.
     """
 
     keys: Any
@@ -154,12 +154,20 @@ class Walk(NamedTuple):
 
         return jax.lax.fori_loop(0, count, tile, carry)
 
-    def load(self, operands, blocks, counts, rings, cleared):
+    def load(self, operands, lists, positions, rings, cleared):
         """The memory warpgroup: copies the blocks of all tiles of this program.
 
-        Of operand `cleared`, which is multiplied by probabilities, keys after the last query of the
-        tile become zeros.
+        Of operand `cleared`, which is multiplied by probabilities, keys that no query who selected
+        them has reached become zeros.
+
+        Args:
+          operands: keys and values.
+          lists: blocks, masks, counts.
+          positions: int32 [B, tiles, COMPUTE, ROWS], of the query of each row.
+          rings: what it fills.
+          cleared: 0 for the keys, 1 for the values.
         """
+        blocks, masks, counts = lists
         *rings, raw = rings
 
         def copy(i, n, place, start, last):
@@ -171,25 +179,25 @@ class Walk(NamedTuple):
             def _():
                 plgpu.barrier_wait(rings[i].released.at[slot])
 
-            if i == cleared:
+            if i == cleared and last is not None:
                 load_reached(source, stage, loaded, raw, last - start)
             else:
                 plgpu.copy_gmem_to_smem(source, stage, loaded)
 
-        def tile(place, n):
-            at = tuple(place)
-            last = counts[*at, 2]
+        def largest_position(place, mask):
+            query = 31 - jax.lax.clz(mask)  # the last one of those who selected the block
+            warpgroup, query = divide(query, self.queries)
+            return positions[place.batch, place.tile, warpgroup, query * self.heads]
 
-            def step(i, n):
-                entry, part = divide(i, self.parts)
-                start = pl.multiple_of(blocks[*at, entry] * self.block_size + part * KEYS, KEYS)
-                for operand in range(2):
-                    copy(operand, n, place, start, last)
-                return n + 1
+        def step(i, n, place, whole):
+            entry, part = divide(i, self.parts)
+            start = pl.multiple_of(blocks[*place, entry] * self.block_size + part * KEYS, KEYS)
+            last = None if whole else largest_position(place, masks[*place, entry])
+            for operand in range(2):
+                copy(operand, n, place, start, last)
+            return n + 1
 
-            return jax.lax.fori_loop(0, counts[*at, 0] * self.parts, step, n)
-
-        n = self.over_tiles(tile, 0)
+        n = self.over_tiles(partial(self._over_steps, step, counts), 0)
         for ring, stages in zip(rings, self.stages, strict=True):
             # Nobody leaves before all is read.
             @pl.loop(0, jnp.minimum(n, stages))
@@ -212,21 +220,21 @@ class Walk(NamedTuple):
           n and the state after this tile.
         """
         blocks, masks, counts = lists
-        at = tuple(place)
         first_bit = jax.lax.axis_index("warpgroup") * self.queries
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=OF_ROWS)
         bit = jax.lax.shift_left(jnp.int32(1), first_bit + row // self.heads)
         own = jax.lax.shift_left(jnp.int32((1 << self.queries) - 1), first_bit)
 
-        def step(i, carry, whole):
+        def step(i, carry, place, whole):
             n, state = carry
             entry, part = divide(i, self.parts)
-            mask = masks[*at, entry]
+            mask = masks[*place, entry]
+            chosen = (bit & mask) != 0
             seen = None
             if not whole:
-                start = blocks[*at, entry] * self.block_size + part * KEYS
+                start = blocks[*place, entry] * self.block_size + part * KEYS
                 key = start + plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=TILE)
-                seen = key <= jax.lax.broadcast_in_dim(position, (ROWS, KEYS), (0,))
+                seen = key <= by_row(jnp.where(chosen, position, -1), (ROWS, KEYS))
             slots = [jax.lax.rem(n, stages) for stages in self.stages]
             in_use = list(zip(rings[:2], slots, strict=True))
             waits = [partial(plgpu.barrier_wait, ring.loaded.at[i]) for ring, i in in_use]
@@ -234,7 +242,7 @@ class Walk(NamedTuple):
 
             def walk(state):
                 stages = [ring.stages.at[slot] for ring, slot in in_use]
-                return body(Step(*stages, *waits, *releases, (bit & mask) != 0, seen), state)
+                return body(Step(*stages, *waits, *releases, chosen, seen), state)
 
             def pass_over(state):
                 for wait, release in zip(waits, releases, strict=True):
@@ -244,9 +252,14 @@ class Walk(NamedTuple):
 
             return n + 1, jax.lax.cond((mask & own) != 0, walk, pass_over, state)
 
-        steps, whole_steps = (counts[*at, i] * self.parts for i in (0, 1))
-        carry = jax.lax.fori_loop(0, whole_steps, lambda *x: step(*x, whole=True), (n, state))
-        return jax.lax.fori_loop(whole_steps, steps, lambda *x: step(*x, whole=False), carry)
+        return self._over_steps(step, counts, place, (n, state))
+
+    def _over_steps(self, step, counts, place, carry):
+        """carry = step(i, carry, place, whole) for all steps of a tile; `whole` ones come first."""
+        steps, whole_steps = (counts[*place, i] * self.parts for i in (0, 1))
+        for begin, end, whole in ((0, whole_steps, True), (whole_steps, steps, False)):
+            carry = jax.lax.fori_loop(begin, end, partial(step, place=place, whole=whole), carry)
+        return carry
 
 
 def divide(x, by):

@@ -1,0 +1,179 @@
+"""selected_attention's Mosaic GPU kernels: interpreted on a CPU, and lowered for a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax.ops import reference
+from pallas_kernels.mosaic_gpu import launch, lists, selected
+from pallas_kernels.mosaic_gpu.selected import selected_attention
+from tests.mosaic_gpu.interpreter import interpreted
+
+
+@pytest.fixture(autouse=True)
+def small_items(monkeypatch):
+    monkeypatch.setattr(selected, "ITEM_QUERIES", 8)
+
+
+def normal(seed, shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def random_arrays(batch, queries, keys, groups, group, head_dim, v_head_dim, dtype=jnp.float16):
+    return (
+        normal(1, (batch, queries, groups * group, head_dim), dtype),
+        normal(2, (batch, keys, groups, head_dim), dtype),
+        normal(3, (batch, keys, groups, v_head_dim), dtype),
+    )
+
+
+def positions_from(start, batch, num_queries):
+    return jnp.broadcast_to(start + jnp.arange(num_queries, dtype=jnp.int32), (batch, num_queries))
+
+
+def random_blocks(batch, num_queries, groups, num_blocks, num_selected=3):
+    """Distinct blocks, also later ones than the query's own, and some -1; query 1 has none."""
+    rng = np.random.default_rng(num_queries)
+    order = rng.random((batch, num_queries, groups, max(num_blocks, num_selected))).argsort(axis=-1)
+    blocks = np.sort(order[..., :num_selected], axis=-1)
+    dropped = (blocks >= num_blocks) | (rng.random(blocks.shape) < 0.3)
+    return jnp.asarray(np.where(dropped, -1, blocks), jnp.int32).at[:, 1].set(-1)
+
+
+def value_and_gradients(attention, q, k, v):
+    """out, lse, dq, dk and dv from random cotangents of both results.
+
+    Operation by operation: within a compiled program, kernels that do not depend on each other
+    would run side by side, for which the interpreter has too few threads.
+    """
+    (out, lse), pull = jax.vjp(attention, q, k, v)
+    d_out = normal(98, out.shape).astype(q.dtype).astype(out.dtype)
+    return out, lse, *pull((d_out, normal(99, lse.shape)))
+
+
+def assert_close(actual, expected, dtype):
+    """Compares with the same in float32, by each one's scale."""
+    # Inputs, probabilities and results are rounded to 11 bits of float16 or 8 of bfloat16.
+    tolerance = {jnp.float16: 4e-3, jnp.bfloat16: 3e-2}[jnp.dtype(dtype).type]
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=False):
+        x, y = (np.asarray(value, np.float32) for value in (x, y))
+        scale = max(np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max(initial=0.0), 1.0)
+        np.testing.assert_allclose(x, y, atol=tolerance * scale, rtol=0, err_msg=name)
+
+
+def oracle(q, k, v, blocks, positions, block_size, scale):
+    return reference.selected_attention(
+        q, k, v, blocks, select_block_size=block_size, scale=scale, q_positions=positions
+    )
+
+
+# batch, queries, keys, groups, heads a group, head_dim, v_head_dim; then l', first position, dtype
+SIZES = {
+    "sixteen_heads_a_group": ((1, 9, 200, 1, 16, 64, 64), 64, 130, jnp.float16),
+    "eight_heads_and_large_blocks": ((2, 9, 256, 2, 8, 128, 64), 128, 100, jnp.bfloat16),
+    "one_head_a_group": ((1, 18, 131, 1, 1, 64, 128), 64, 112, jnp.float16),
+    "a_tile_of_one_query": ((1, 3, 128, 1, 64, 64, 64), 64, 125, jnp.float16),
+}
+
+
+def poisoned(x, blocks, positions, block_size):
+    """x [B, S, K, ...] with NaN where no query of its row and group may look."""
+    key = np.arange(x.shape[1])
+    wanted = (np.asarray(blocks)[..., None] == key // block_size).any(axis=3)  # [B, T, K, S]
+    reached = key <= np.asarray(positions)[..., None]
+    seen = (wanted & reached[:, :, None]).any(axis=1).transpose(0, 2, 1)
+    return jnp.where(seen[..., None], x, jnp.nan)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_agrees_on_random_blocks_and_reads_nothing_else(size):
+    arrays, block_size, start, dtype = SIZES[size]
+    batch, queries, keys, groups = arrays[:4]
+    blocks = random_blocks(batch, queries, groups, -(-keys // block_size))
+    positions = positions_from(start, batch, queries)
+    q, k, v = random_arrays(*arrays, dtype)
+    nan_k, nan_v = (poisoned(x, blocks, positions, block_size) for x in (k, v))
+    assert jnp.isnan(nan_k).any()
+    with interpreted():
+        actual = value_and_gradients(
+            lambda *x: selected_attention(*x, blocks, positions, block_size, 0.3), q, nan_k, nan_v
+        )
+    assert np.isneginf(actual[1][:, 1]).all()
+    assert (actual[0][:, 1] == 0).all()
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    positions = jnp.minimum(positions, keys - 1)
+    expected = value_and_gradients(lambda *x: oracle(*x, blocks, positions, block_size, 0.3), *wide)
+    assert_close(actual, expected, dtype)
+
+
+def test_a_query_that_has_passed_what_only_earlier_ones_selected():
+    """The two after query 0 share its tile, and have passed keys that it has not reached."""
+    q, k, v = random_arrays(1, 3, 128, 1, 16, 64, 64)
+    blocks = jnp.asarray([[0, 1], [0, -1], [0, -1]], jnp.int32)[None, :, None]
+    where = (blocks, positions_from(70, 1, 3), 64, 0.3)
+    nan_k, nan_v = (x.at[:, 71:].set(jnp.nan) for x in (k, v))
+    with interpreted():
+        actual = selected_attention(q, nan_k, nan_v, *where)
+    assert_close(actual, oracle(*(x.astype(jnp.float32) for x in (q, k, v)), *where), q.dtype)
+
+
+def test_no_keys():
+    q, k, v = random_arrays(1, 3, 0, 1, 8, 64, 128)
+    blocks = jnp.full((1, 3, 1, 2), -1, jnp.int32)
+    out, lse, *gradients = value_and_gradients(
+        lambda *x: selected_attention(*x, blocks, positions_from(0, 1, 3), 64, 0.3), q, k, v
+    )
+    assert np.isneginf(lse).all()
+    for x in (out, *gradients):
+        assert (x == 0).all()
+
+
+def test_vmap_and_a_negative_scale():
+    q, k, v = random_arrays(1, 3, 128, 1, 8, 64, 64)
+    where = (random_blocks(1, 3, 1, 2), positions_from(120, 1, 3))
+    q = jnp.stack([q, 2 * q])
+    with interpreted():
+        actual = jax.vmap(lambda q: selected_attention(q, k, v, *where, 64, -0.3))(q)
+    expected = jax.vmap(
+        lambda q: oracle(
+            *(x.astype(jnp.float32) for x in (q, k, v)),
+            where[0],
+            jnp.minimum(where[1], 127),
+            64,
+            -0.3,
+        )
+    )(q)
+    assert_close(actual, expected, q.dtype)
+
+
+def test_unions_by_hand():
+    """Two tiles of two queries, the last one with one query: blocks, who wants them, counts."""
+    blocks = jnp.array([[0, 2], [2, 3], [1, 9]], jnp.int32)[None, :, None]
+    positions = jnp.array([[191, 200, 210]], jnp.int32)
+    unions = lists.unions(blocks, positions, queries=2, block_size=64, num_keys=256)
+    # Block 9 does not exist; block 2 ends at key 191, which both queries of the tile have reached.
+    np.testing.assert_array_equal(unions.counts[0, 0], [[3, 2], [1, 1]])
+    np.testing.assert_array_equal(unions.blocks[0, 0, 0, :3], [0, 2, 3])
+    np.testing.assert_array_equal(unions.masks[0, 0, 0, :3], [0b01, 0b11, 0b10])
+    np.testing.assert_array_equal(unions.blocks[0, 0, 1, :1], [1])
+    np.testing.assert_array_equal(unions.masks[0, 0, 1, :1], [0b01])
+
+
+@pytest.mark.parametrize("v_head_dim", launch.V_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", launch.HEAD_DIMS)
+def test_lowers_for_a_gpu_within_its_shared_memory(head_dim, v_head_dim):
+    """Layouts are found and shared memory suffices, for each pair of sizes and some group sizes."""
+    cases = [(d, e) for d in launch.HEAD_DIMS for e in launch.V_HEAD_DIMS]
+    index = cases.index((head_dim, v_head_dim))
+    group = launch.GROUPS[index % len(launch.GROUPS)]
+    block_size = launch.BLOCK_SIZES[index % 2]
+    shapes = [(1, 101, 2 * group, head_dim), (1, 301, 2, head_dim), (1, 301, 2, v_head_dim)]
+    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    where = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 101, 2, 16), (1, 101))]
+
+    def run(q, k, v, *where):
+        out, pull = jax.vjp(lambda *x: selected_attention(*x, *where, block_size, 0.1), q, k, v)
+        return out, pull(out)
+
+    jax.jit(run).trace(q, k, v, *where).lower(lowering_platforms=("cuda",))
