@@ -54,7 +54,7 @@ def _columns(parts):
     )
 
 
-def _forward_kernel(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, c):
+def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, c):
     """Two tiles of rows, whose warpgroups take turns on the tensor cores.
 
     While one makes a softmax, the other one issues the product with its values and, right behind
@@ -148,7 +148,7 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
     widths = (v_head_dim, head_dim - v_head_dim) if v_head_dim < head_dim else (head_dim,)
     q_parts = tuple(tile(COMPUTE, ROWS, width) for width in widths)
     out, lse = launch.launch(
-        functools.partial(_forward_kernel, cut=cut, pairs=tiles // COMPUTE, c=scale * LOG2E),
+        functools.partial(_interval_forward, cut=cut, pairs=tiles // COMPUTE, c=scale * LOG2E),
         padded_q,
         walks.padded_keys(k),
         walks.padded_keys(walks.keep_seen(v, lo, hi)),

@@ -30,7 +30,7 @@ ENOUGH_PROGRAMS = 1024
 LARGEST_SPLIT = 32
 
 
-def _dq_kernel(
+def _interval_dq(
     q, k, v, d_out, table, lo, hi, lse, delta, dq, scratch, *, cut, pairs, scale
 ):  # fmt: skip
     """dq of two tiles of rows."""
@@ -93,7 +93,7 @@ def _dq_kernel(
         walks.stream(walk.steps, stages, (keys_free, fill))
 
 
-def _dkv_kernel(
+def _interval_dkv(
     q, k, v, d_out, table, intervals, numbers, dk, dv, scratch, *, cut, scale
 ):  # fmt: skip
     """dk and dv of a tile of keys from one chunk of the queries.
@@ -199,7 +199,7 @@ def _query_gradient(q, k, v, d_out, table, intervals, lse, delta, cut, scale):
     tile = functools.partial(smem, dtype=q.dtype)
     slots = functools.partial(plgpu.Barrier, num_barriers=cut.stages)
     return launch.launch(
-        functools.partial(_dq_kernel, cut=cut, pairs=tiles // COMPUTE, scale=scale),
+        functools.partial(_interval_dq, cut=cut, pairs=tiles // COMPUTE, scale=scale),
         *(q, k, v, d_out, table, *intervals, lse, delta),
         out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
         programs=batch * num_kv_heads * tiles // COMPUTE,
@@ -229,7 +229,7 @@ def _key_gradients(q, k, v, d_out, table, intervals, lse, delta, cut, scale):
     parts, slots = cut.keys // ROWS, functools.partial(plgpu.Barrier, num_barriers=cut.stages)
     tile = functools.partial(smem, dtype=q.dtype)
     return launch.launch(
-        functools.partial(_dkv_kernel, cut=cut, scale=scale),
+        functools.partial(_interval_dkv, cut=cut, scale=scale),
         *(q, k, v, d_out, table, jnp.stack(intervals, axis=2), jnp.stack([lse, delta], axis=3)),
         out_type=tuple(
             jax.ShapeDtypeStruct((splits, batch, tiles * cut.keys, *x.shape[2:]), dtype)

@@ -1,0 +1,224 @@
+"""interval_attention's Mosaic GPU kernels: interpreted on a CPU, and lowered for a GPU."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax.ops import reference
+from pallas_kernels.mosaic_gpu import interval_backward, launch, rows, tuning, walks
+from pallas_kernels.mosaic_gpu.interval import interval_attention
+from tests.mosaic_gpu.interpreter import interpreted
+
+# Steps of few keys, so that short sequences have many; dk and dv in the form that is not the
+# table's for these head sizes.
+SMALL_STEPS = {
+    "interval_forward": tuning.Tuning(16, 2),
+    "interval_dq": tuning.Tuning(16, 2),
+    "interval_dkv": tuning.Tuning(64, 2),
+}
+
+
+def normal(seed, *shape, dtype=jnp.float16):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def random_arrays(batch, queries, keys, groups, group, head_dim, v_head_dim):
+    return (
+        normal(1, batch, queries, groups * group, head_dim),
+        normal(2, batch, keys, groups, head_dim),
+        normal(3, batch, keys, groups, v_head_dim),
+    )
+
+
+def oracle(q, k, v, lo, hi, scale):
+    """Dense attention in float32 under a mask."""
+    index = jnp.arange(k.shape[1])
+    mask = (index >= lo[..., None]) & (index < hi[..., None])
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    return reference._masked_attention(q, k, v, mask[:, :, None], scale)
+
+
+def value_and_gradients(attention, *arrays):
+    """out, lse, dq, dk and dv, from random cotangents of both results."""
+
+    @jax.jit
+    def run(*arrays):
+        (out, lse), pull = jax.vjp(attention, *arrays)
+        d_out = normal(98, *out.shape).astype(out.dtype)
+        return out, lse, *pull((d_out, normal(99, *lse.shape, dtype=jnp.float32)))
+
+    return run(*arrays)
+
+
+def interpret(arrays, lo, hi, scale=0.3, **tunings):
+    with tuning.override(**(tunings or SMALL_STEPS)), interpreted():
+        results = value_and_gradients(lambda *x: interval_attention(*x, lo, hi, scale), *arrays)
+        return jax.block_until_ready(results)
+
+
+def assert_agrees(arrays, lo, hi, scale=0.3, clean=None, **tunings):
+    """Compares with the oracle, which takes `clean` arrays if those of the kernels hold NaN."""
+    actual = interpret(arrays, lo, hi, scale, **tunings)
+    arrays = [x.astype(jnp.float32) for x in clean or arrays]
+    expected = value_and_gradients(lambda *x: oracle(*x, lo, hi, scale), *arrays)
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+        x, y = (np.asarray(value, np.float32) for value in (x, y))
+        largest = max(np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max(), 1.0)
+        # Probabilities, their gradients and the results are rounded to 11 bits.
+        np.testing.assert_allclose(x, y, atol=4e-3 * largest, rtol=0, err_msg=name)
+
+
+def rising_intervals(queries, keys, batch):
+    """Rising bounds drawn apart from each other: some intervals are empty, some end beyond S."""
+    bounds = np.sort(np.random.default_rng(0).integers(0, keys + 3, (2, batch, queries)), axis=-1)
+    return jnp.asarray(bounds, jnp.int32)
+
+
+# batch, queries, keys, groups, heads a group, head_dim, v_head_dim
+SIZES = {
+    "one_head_a_group": (1, 141, 70, 1, 1, 64, 64),
+    "four_heads_a_group": (2, 37, 41, 1, 4, 64, 128),
+    "sixteen_heads_a_group": (2, 9, 30, 1, 16, 128, 64),
+    "sixty_four_heads_a_group": (1, 3, 19, 1, 64, 64, 64),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_agrees_on_rising_intervals(size):
+    batch, queries, keys, *_ = SIZES[size]
+    lo, hi = rising_intervals(queries, keys, batch)
+    assert bool((hi <= lo).any()), "no empty row was drawn"
+    assert_agrees(random_arrays(*SIZES[size]), lo, hi)
+
+
+@pytest.mark.parametrize("enough", [1, interval_backward.ENOUGH_PROGRAMS])
+def test_agrees_with_the_tunings_of_the_table(enough, monkeypatch):
+    """Causal, with whole steps; dk and dv of two warpgroups, from one program or from many."""
+    monkeypatch.setattr(interval_backward, "ENOUGH_PROGRAMS", enough)
+    assert (interval_backward._splits(2, 4) > 1) == (enough > 1)
+    hi = jnp.arange(11, 11 + 30, dtype=jnp.int32)[None] * 4
+    table = {kernel: tuning.lookup(kernel, 64, 64) for kernel in SMALL_STEPS}
+    assert_agrees(random_arrays(1, 30, 160, 1, 8, 64, 64), jnp.zeros_like(hi), hi, -0.3, **table)
+
+
+def test_reads_nothing_that_no_query_may_see():
+    """NaN before, after and between the intervals of two documents, where tiles do not end."""
+    second = jnp.arange(34) >= 17
+    lo = jnp.where(second, 29, 9)
+    hi = jnp.where(second, lo, 7) + jnp.arange(34) % 17 + 1
+    lo, hi = (x[None].astype(jnp.int32) for x in (lo, hi))
+    q, k, v = random_arrays(1, 34, 60, 1, 4, 64, 64)
+    index = jnp.arange(60)
+    seen = ((index >= lo[..., None]) & (index < hi[..., None])).any(axis=1)[:, :, None, None]
+    poisoned = (q, *(jnp.where(seen, x, jnp.nan) for x in (k, v)))
+    assert_agrees(poisoned, lo, hi, clean=(q, k, v))
+
+
+def test_vmap():
+    lo, hi = rising_intervals(9, 18, 1)
+    q, k, v = random_arrays(1, 9, 18, 1, 16, 64, 64)
+    many = jnp.stack([q, -q])
+    with interpreted():
+        run = jax.jit(jax.vmap(lambda q: interval_attention(q, k, v, lo, hi, 0.3)[0]))
+        out = jax.block_until_ready(run(many))
+    expected = jax.vmap(lambda q: oracle(q, k, v, lo, hi, 0.3)[0])(many)
+    np.testing.assert_allclose(out, expected, atol=4e-3, rtol=0)
+
+
+def test_no_keys():
+    q, k, v = random_arrays(2, 5, 0, 2, 2, 64, 128)
+    zero = jnp.zeros((2, 5), jnp.int32)
+    out, lse, *_ = value_and_gradients(lambda *x: interval_attention(*x, zero, zero, 1.0), q, k, v)
+    assert out.shape == (2, 5, 4, 128)
+    assert (out == 0).all()
+    assert np.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_rows_go_to_tiles_and_back(group):
+    x = normal(0, 2, 13, 3 * group, dtype=jnp.float32)
+    tiles = rows.num_tiles(13, group, 2)
+    assert tiles % 2 == 0
+    tiled = rows.from_heads(x, 3, tiles, jnp.nan)
+    chex.assert_trees_all_equal(rows.to_heads(tiled, 13, group), x)
+    # The number of a query is that of each of its heads.
+    numbers = jnp.broadcast_to(jnp.arange(13.0)[None, :, None], x.shape)
+    expected = rows.from_heads(numbers, 3, tiles, -1)[:, 0]
+    chex.assert_trees_all_equal(rows.from_queries(numbers[:, :, 0], group, tiles, -1), expected)
+
+
+def lowered(head_dim, v_head_dim, group, longest=None, dtype=jnp.bfloat16):
+    """Compiles the kernels of the operation and its gradients as far as a CPU can.
+
+    That infers layouts, writes the device's code and counts the shared memory.
+    """
+    q, k, v = (
+        jax.ShapeDtypeStruct((2, length, heads, features), dtype)
+        for length, heads, features in (
+            (1001, 2 * group, head_dim), (1003, 2, head_dim), (1003, 2, v_head_dim)
+        )
+    )  # fmt: skip
+    bound = jax.ShapeDtypeStruct((2, 1001), jnp.int32)
+
+    def run(q, k, v, lo, hi):
+        attention = functools.partial(interval_attention, scale=0.1, longest=longest)
+        out, pull = jax.vjp(lambda *x: attention(*x, lo, hi), q, k, v)
+        return pull(out)
+
+    return jax.jit(run).trace(q, k, v, bound, bound).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("v_head_dim", launch.V_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", launch.HEAD_DIMS)
+def test_every_tuning_lowers(head_dim, v_head_dim):
+    """Those of short intervals too, where they differ."""
+    kernels = ("interval_forward", "interval_dq")
+    short, others = (
+        {tuning.lookup(f"{kernel}{suffix}", head_dim, v_head_dim) for kernel in kernels}
+        for suffix in ("_short", "")
+    )
+    for longest in (None,) if short == others else (None, walks.SHORT):
+        text = lowered(head_dim, v_head_dim, 16, longest)
+        for name in ("forward", "dq", "dkv"):
+            assert f"interval_{name}" in text
+
+
+@pytest.mark.parametrize("group", [x for x in launch.GROUPS if x != 16])
+def test_every_group_lowers(group):
+    lowered(64, 64, group, dtype=jnp.float16)
+
+
+def test_lowering_refuses_what_does_not_fit():
+    """The tests above hold the table to the budget of shared memory."""
+    too_much = tuning.override(interval_forward=tuning.Tuning(128, 4))
+    with too_much, pytest.raises(ValueError, match="exceeds available shared memory"):
+        lowered(128, 128, 16)
+
+
+H100 = ("NVIDIA H100 80GB HBM3", 9.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "sizes", "dtype", "reason"),
+    [
+        (H100, (16, 128, 128), "bfloat16", None),
+        (H100, (1, 192, 64), "float16", None),
+        (("NVIDIA A100", 8.0), (16, 128, 128), "bfloat16", "runs on NVIDIA A100"),
+        (("NVIDIA B200", 10.0), (16, 128, 128), "bfloat16", "Hopper generation"),
+        (H100, (16, 128, 128), "float32", "bfloat16, float16, not float32"),
+        (H100, (12, 128, 128), "bfloat16", "query heads a key/value head, not 12"),
+        (H100, (16, 96, 64), "bfloat16", "features a head of q and k, not 96"),
+        (H100, (16, 128, 192), "bfloat16", "64, 128, 256 features a head of v, not 192"),
+    ],
+)
+def test_refusals(device, sizes, dtype, reason, monkeypatch):
+    monkeypatch.setattr(launch, "device", lambda: device)
+    group, head_dim, v_head_dim = sizes
+    shapes = ((1, 5, group, head_dim), (1, 5, 1, head_dim), (1, 5, 1, v_head_dim))
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes)
+    refusal = launch.refusal("interval_attention", *arrays)
+    assert refusal is None if reason is None else reason in refusal
