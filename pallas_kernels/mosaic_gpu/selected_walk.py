@@ -226,9 +226,11 @@ class Walk(NamedTuple):
         own = jax.lax.shift_left(jnp.int32((1 << self.queries) - 1), first_bit)
 
         def step(i, carry, place, whole):
-            n, state = carry
+            n, mask, state = carry
             entry, part = divide(i, self.parts)
-            mask = masks[*place, entry]
+            # Of the next step, for it not to wait for memory; beyond the last one anything will do.
+            next_entry = jnp.minimum(divide(i + 1, self.parts)[0], masks.shape[3] - 1)
+            next_mask = masks[*place, next_entry]
             chosen = (bit & mask) != 0
             seen = None
             if not whole:
@@ -250,9 +252,12 @@ class Walk(NamedTuple):
                     release()
                 return state
 
-            return n + 1, jax.lax.cond((mask & own) != 0, walk, pass_over, state)
+            state = jax.lax.cond((mask & own) != 0, walk, pass_over, state)
+            return n + 1, next_mask, state
 
-        return self._over_steps(step, counts, place, (n, state))
+        carry = n, masks[*place, 0], state
+        n, _, state = self._over_steps(step, counts, place, carry)
+        return n, state
 
     def _over_steps(self, step, counts, place, carry):
         """carry = step(i, carry, place, whole) for all steps of a tile; `whole` ones come first."""
