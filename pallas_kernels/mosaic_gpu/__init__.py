@@ -1,6 +1,9 @@
 """Pallas Mosaic GPU kernels for NVIDIA Hopper: TMA copies, wgmma, specialised warpgroups.
 
     interval.py   interval_attention: tiles of query rows walk the keys that they may see
+    selected.py   selected_attention; selected_walk.py, how tiles walk the blocks of their queries,
+                  selected_forward.py and selected_backward.py, what they do there
+    lists.py      the unions of those blocks
     common.py     what the kernels share on the device
     launch.py     the one call of Pallas Mosaic GPU, its interpreter, and what is refused
     tuning.py     tile sizes and stages by kernel and head sizes
