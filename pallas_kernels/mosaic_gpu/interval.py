@@ -55,42 +55,47 @@ def _columns(parts):
 
 
 def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, c):
-    """Two tiles of rows, whose warpgroups take turns on the tensor cores.
+    """Two tiles of rows at a time, whose warpgroups take turns on the tensor cores.
 
     While one makes a softmax, the other one issues the product with its values and, right behind
-    it, the next product of queries and keys.
+    it, the next product of queries and keys. Each program has several pairs of tiles, so that the
+    keys and queries of the next one come while the results of this one leave.
     """
     q_smem, k_smem, v_smem, out_smem, *barriers = scratch
-    columns = _columns(q_smem)
-    q_there, k_there, v_there, k_free, v_free, turn = barriers
-    size, stages, v_head_dim = cut.keys, cut.stages, v.shape[3]
+    q_there, k_there, v_there, q_free, k_free, v_free, turn = barriers
+    columns, v_head_dim = _columns(q_smem), v.shape[3]
+    size, stages, q_stages = cut.keys, cut.stages, cut.row_stages
     warpgroup = jax.lax.axis_index("warpgroup")
-    batch, kv_head, pair = walks.program_of_rows(pairs, k.shape[2])
-    walk = Walk.load(table, batch, pair)
+    num_kv_heads, total = k.shape[2], q.shape[0] * k.shape[2] * pairs
+    program, programs = jax.lax.axis_index("program"), jax.lax.axis_size("program")
+
+    def work(r):  # turning round balances a list that begins with the longest walks
+        return r * programs + jnp.where(r % 2 == 0, program, programs - 1 - program)
+
+    last_round = jnp.int32((total - 1) // programs)
+    rounds = last_round + (work(last_round) < total).astype(jnp.int32)
 
     def take_turn():
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
-    @pl.when(warpgroup < COMPUTE)
-    def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        tile = pair * COMPUTE + warpgroup
-        q_rows = tuple(part.at[warpgroup] for part in q_smem)
-        for part, where in zip(q_rows, columns, strict=True):
-            rows.load(q, part, q_there.at[warpgroup], batch, kv_head, tile, where.start)
+    def compute(r, before):
+        batch, kv_head, pair = walks.place(work(r), pairs, num_kv_heads)
+        walk = Walk.load(table, batch, pair)
+        tile, q_slot = pair * COMPUTE + warpgroup, jax.lax.rem(r, q_stages)
+        q_rows = tuple(part.at[q_slot, warpgroup] for part in q_smem)
         row_lo, row_hi = (
             plgpu.load(x.at[batch, tile], layout=OF_ROWS, optimized=False) for x in (lo, hi)
         )
-        plgpu.barrier_wait(q_there.at[warpgroup])
+        plgpu.barrier_wait(q_there.at[q_slot])
 
         def wait_for_keys(n):
             @pl.when(n < walk.steps)
             def _():
-                plgpu.barrier_wait(k_there.at[jax.lax.rem(n, stages)])
+                plgpu.barrier_wait(k_there.at[jax.lax.rem(before + n, stages)])
 
         def step(n, state, masked):
-            slot = jax.lax.rem(n, stages)
+            slot = jax.lax.rem(before + n, stages)
             keys = tuple(k_smem.at[slot, :, where].transpose((1, 0)) for where in columns)
             scores = product(q_rows, keys, take_turn)
             plgpu.barrier_arrive(k_free.at[slot])
@@ -107,24 +112,37 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, 
             return acc, *state
 
         wait_for_keys(0)
-        pl.when(warpgroup == 1)(take_turn)
+        if q_stages == 1:
+            pl.when(warpgroup == 1)(take_turn)
         none, zero = (full((ROWS,), x, OF_ROWS) for x in (-jnp.inf, 0.0))
         state = walk.run(step, (full((ROWS, v_head_dim), 0.0), none, zero))
-        pl.when(warpgroup == 0)(take_turn)
 
-        acc, maximum, total = state
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        buffer = (q_smem[0] if out_smem is None else out_smem).at[warpgroup]
-        buffer[...] = (acc * by_row(1 / total, acc.shape)).astype(out.dtype)
+        acc, maximum, denominator = state
+        some = denominator > 0
+        denominator = jnp.where(some, denominator, 1.0)
+        buffer = q_rows[0] if out_smem is None else out_smem.at[warpgroup]
+        buffer[...] = (acc * by_row(1 / denominator, acc.shape)).astype(out.dtype)
         plgpu.commit_smem()
-        row_lse = jnp.where(some, maximum * LN2 + jnp.log(total), -jnp.inf)
+        row_lse = jnp.where(some, maximum * LN2 + jnp.log(denominator), -jnp.inf)
         lse[batch, kv_head, tile, :] = row_lse
         rows.store(out, buffer, batch, kv_head, tile)
+        plgpu.barrier_arrive(q_free.at[q_slot])
+        if q_stages == 1:
+            pl.when(warpgroup == 0)(take_turn)
+        return before + walk.steps
 
-    @pl.when(warpgroup == COMPUTE)
-    def _():
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+    def copy(r, before):
+        batch, kv_head, pair = walks.place(work(r), pairs, num_kv_heads)
+        walk, q_slot = Walk.load(table, batch, pair), jax.lax.rem(r, q_stages)
+
+        @pl.when(r >= q_stages)
+        def _():
+            plgpu.barrier_wait(q_free.at[q_slot])
+
+        for i in range(COMPUTE):
+            for part, where in zip(q_smem, columns, strict=True):
+                buffer, there = part.at[q_slot, i], q_there.at[q_slot]
+                rows.load(q, buffer, there, batch, kv_head, pair * COMPUTE + i, where.start)
 
         def fill(ref, buffer, there, n, slot):
             keys = ref.at[batch, walk.keys(n, size), kv_head]
@@ -132,7 +150,26 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, 
 
         fill_k = functools.partial(fill, k, k_smem, k_there)
         fill_v = functools.partial(fill, v, v_smem, v_there)
-        walks.stream(walk.steps, stages, (k_free, fill_k), (v_free, fill_v))
+        walks.stream(walk.steps, stages, (k_free, fill_k), (v_free, fill_v), before=before)
+        return before + walk.steps
+
+    @pl.when(warpgroup < COMPUTE)
+    def _():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        # Turns go on from one pair of tiles to the next, whose queries are there if there is room
+        # for both. If not, they come when both warpgroups are done, without waiting for a turn.
+        if q_stages > 1:
+            pl.when(warpgroup == 1)(take_turn)
+        jax.lax.fori_loop(0, rounds, compute, jnp.int32(0))
+        if q_stages > 1:
+            pl.when(warpgroup == 0)(take_turn)
+
+    @pl.when(warpgroup == COMPUTE)
+    def _():
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        steps = jax.lax.fori_loop(0, rounds, copy, jnp.int32(0))
+        walks.drain(steps, stages, k_free, v_free)
+        walks.drain(rounds, q_stages, q_free)
 
 
 def _forward(q, k, v, lo, hi, *, scale, longest):
@@ -146,7 +183,8 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
     slots = functools.partial(plgpu.Barrier, num_barriers=cut.stages)
     # The output leaves through the memory of the queries, or of a part of them that has its shape.
     widths = (v_head_dim, head_dim - v_head_dim) if v_head_dim < head_dim else (head_dim,)
-    q_parts = tuple(tile(COMPUTE, ROWS, width) for width in widths)
+    q_parts = tuple(tile(cut.row_stages, COMPUTE, ROWS, width) for width in widths)
+    copies = rows.copies(group) * len(q_parts) * COMPUTE
     out, lse = launch.launch(
         functools.partial(_interval_forward, cut=cut, pairs=tiles // COMPUTE, c=scale * LOG2E),
         padded_q,
@@ -158,15 +196,16 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
             jax.ShapeDtypeStruct((*padded_q.shape[:4], v_head_dim), q.dtype),
             jax.ShapeDtypeStruct((batch, num_kv_heads, tiles, ROWS), jnp.float32),
         ),
-        programs=batch * num_kv_heads * tiles // COMPUTE,
+        programs=min(batch * num_kv_heads * tiles // COMPUTE, launch.num_cores()),
         warpgroups=COMPUTE + 1,
         scratch=(
             q_parts,
             tile(cut.stages, cut.keys, head_dim),
             tile(cut.stages, cut.keys, v_head_dim),
             tile(COMPUTE, ROWS, v_head_dim) if v_head_dim > head_dim else None,
-            plgpu.Barrier(num_arrivals=rows.copies(group) * len(q_parts), num_barriers=COMPUTE),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=cut.row_stages),
             *(slots(), slots()),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=cut.row_stages),
             *(slots(num_arrivals=COMPUTE), slots(num_arrivals=COMPUTE)),
             plgpu.Barrier(num_arrivals=COMPUTE),
         ),

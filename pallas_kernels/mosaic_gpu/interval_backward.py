@@ -37,7 +37,7 @@ def _interval_dq(
     q_smem, d_out_smem, k_smem, v_smem, rows_there, keys_there, keys_free = scratch
     size, stages, c = cut.keys, cut.stages, scale * LOG2E
     warpgroup = jax.lax.axis_index("warpgroup")
-    batch, kv_head, pair = walks.program_of_rows(pairs, k.shape[2])
+    batch, kv_head, pair = walks.place(jax.lax.axis_index("program"), pairs, k.shape[2])
     walk = Walk.load(table, batch, pair)
 
     @pl.when(warpgroup < COMPUTE)
@@ -91,6 +91,7 @@ def _interval_dq(
                 plgpu.copy_gmem_to_smem(keys, buffer.at[slot], keys_there.at[slot])
 
         walks.stream(walk.steps, stages, (keys_free, fill))
+        walks.drain(walk.steps, stages, keys_free)
 
 
 def _interval_dkv(
@@ -190,6 +191,7 @@ def _interval_dkv(
             plgpu.copy_gmem_to_smem(numbers.at[batch, kv_head, at], numbers_smem.at[slot], there)
 
         walks.stream(walk.steps, stages, (rows_free, fill))
+        walks.drain(walk.steps, stages, rows_free)
 
 
 def _query_gradient(q, k, v, d_out, table, intervals, lse, delta, cut, scale):

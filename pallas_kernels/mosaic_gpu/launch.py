@@ -1,7 +1,9 @@
 """The one call of Pallas Mosaic GPU, how it is interpreted on a CPU, and what it refuses."""
 
 import contextlib
+import functools
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from pallas_kernels.calls import batched, device, positive_scale  # noqa: F401
@@ -67,6 +69,12 @@ def launch(kernel, *arrays, out_type, programs, warpgroups, scratch):
         kernel_name=getattr(kernel, "func", kernel).__name__.strip("_"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*arrays)
+
+
+@functools.cache
+def num_cores() -> int:
+    """Streaming multiprocessors of the process' first device; an H100's where it is no GPU."""
+    return getattr(jax.devices()[0], "core_count", None) or 132
 
 
 def refusal(operation: str, *args, **kwargs) -> str | None:

@@ -16,19 +16,21 @@ class Tuning:
     Attributes:
       keys: keys a step; of kernels for dk and dv, keys a tile.
       stages: steps whose operands are in shared memory at a time.
+      row_stages: tiles of rows that are there at a time, of those that a warpgroup walks with.
     """
 
     keys: int
     stages: int
+    row_stages: int = 1
 
 
 # Of each kernel, (keys, stages) by (head_dim, v_head_dim).
 _INTERVAL_FORWARD = {
-    (64, 64): (128, 4),
-    (64, 128): (128, 3),
-    (64, 256): (64, 3),
-    (128, 64): (128, 3),
-    (128, 128): (128, 2),
+    (64, 64): (128, 4, 2),
+    (64, 128): (128, 3, 2),
+    (64, 256): (64, 3, 2),
+    (128, 64): (128, 3, 2),
+    (128, 128): (128, 2, 2),
     (128, 256): (64, 2),
     (192, 64): (128, 2),
     (192, 128): (128, 2),

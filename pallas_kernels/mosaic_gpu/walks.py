@@ -120,15 +120,14 @@ def padded_keys(x):
     return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
 
 
-def program_of_rows(pairs, num_kv_heads):
-    """The batch, key/value head and pair of tiles of a program, the longest walks first."""
-    program = jax.lax.axis_index("program")
-    rest = jax.lax.div(program, pairs)
-    pair = pairs - 1 - jax.lax.rem(program, pairs)
+def place(index, pairs, num_kv_heads):
+    """The batch, key/value head and pair of tiles of a piece of work, the longest walks first."""
+    rest = jax.lax.div(index, pairs)
+    pair = pairs - 1 - jax.lax.rem(index, pairs)
     return jax.lax.div(rest, num_kv_heads), jax.lax.rem(rest, num_kv_heads), pair
 
 
-def stream(steps, stages, *streams):
+def stream(steps, stages, *streams, before=0):
     """The memory warpgroup's loop, which keeps `stages` steps in shared memory.
 
     Args:
@@ -136,23 +135,27 @@ def stream(steps, stages, *streams):
       stages: slots for them.
       *streams: of each, a barrier by slot that says that it is free, and a function of the step and
         its slot that begins to fill it.
+      before: how many steps there were before these.
     """
 
     @pl.loop(0, steps)
     def _(n):
-        slot = jax.lax.rem(n, stages)
+        slot = jax.lax.rem(before + n, stages)
         for free, fill in streams:
 
-            @pl.when(n >= stages)
+            @pl.when(before + n >= stages)
             def _(free=free):
                 plgpu.barrier_wait(free.at[slot])
 
             fill(n, slot)
 
-    # The interpreter wants every arrival to be waited for.
+
+def drain(steps, stages, *barriers):
+    """Waits until the last slots are free too: the interpreter wants no arrival to be missed."""
+
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
     def _(n):
-        for free, _ in streams:
+        for free in barriers:
             plgpu.barrier_wait(free.at[jax.lax.rem(n, stages)])
 
 

@@ -16,10 +16,16 @@ from tests.mosaic_gpu.interpreter import interpreted
 # Steps of few keys, so that short sequences have many; dk and dv in the form that is not the
 # table's for these head sizes.
 SMALL_STEPS = {
-    "interval_forward": tuning.Tuning(16, 2),
+    "interval_forward": tuning.Tuning(16, 2, row_stages=2),
     "interval_dq": tuning.Tuning(16, 2),
     "interval_dkv": tuning.Tuning(64, 2),
 }
+
+
+@pytest.fixture(autouse=True)
+def few_cores(monkeypatch):
+    """So that a program forward has several pairs of tiles, and not all as many."""
+    monkeypatch.setattr(launch, "num_cores", lambda: 3)
 
 
 def normal(seed, *shape, dtype=jnp.float16):
@@ -116,6 +122,18 @@ def test_reads_nothing_that_no_query_may_see():
     seen = ((index >= lo[..., None]) & (index < hi[..., None])).any(axis=1)[:, :, None, None]
     poisoned = (q, *(jnp.where(seen, x, jnp.nan) for x in (k, v)))
     assert_agrees(poisoned, lo, hi, clean=(q, k, v))
+
+
+def test_one_pair_of_tiles_at_a_time():
+    """As where there is no room for the next queries beside these."""
+    lo, hi = rising_intervals(20, 40, 2)
+    arrays = random_arrays(2, 20, 40, 1, 16, 128, 64)
+    with tuning.override(interval_forward=tuning.Tuning(16, 2)), interpreted():
+        run = jax.jit(lambda *x: interval_attention(*x, lo, hi, 0.3))
+        out, lse = jax.block_until_ready(run(*arrays))
+    expected = oracle(*arrays, lo, hi, 0.3)
+    np.testing.assert_allclose(out, expected[0], atol=4e-3, rtol=0)
+    np.testing.assert_allclose(lse, expected[1], atol=1e-3, rtol=0)
 
 
 def test_vmap():
