@@ -227,50 +227,56 @@ def dk_dv_of_items(
                 mask = of_query if mask is None else mask | of_query
             return mask
 
-        def probabilities(n, slot, scores):
-            cut = (query(n * each) < passed[b, block]) | ((n + 1) * each > count)
-            scores = jax.lax.cond(
-                cut, lambda x: jnp.where(seen(n), x, -jnp.inf), lambda x: x, scores
-            )
+        def probabilities(scores, n, slot, whole):
+            if not whole:
+                scores = jnp.where(seen(n), scores, -jnp.inf)
             column_lse2 = plgpu.load(lse2_smem.at[slot], layout=OF_COLUMNS)
             return jnp.exp2(scores * c - by_column(column_lse2, scores.shape))
 
-        def over_steps(body, out, width, factor):
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            plgpu.barrier_wait(keys_loaded)
+        def add_to_dv(acc, n, slot, whole):
+            scores = product(k_smem, q_smem.at[slot].transpose((1, 0)))
+            p = probabilities(scores, n, slot, whole)
+            return accumulate(acc, p.astype(q.dtype), d_out_smem.at[slot])
 
-            def step(n, acc):
+        def add_to_dk(acc, n, slot, whole):
+            p, dp = products(
+                *(k_smem, q_smem.at[slot].transpose((1, 0))),
+                *(v_smem, d_out_smem.at[slot].transpose((1, 0))),
+                lambda scores: probabilities(scores, n, slot, whole),
+            )
+            column_delta = plgpu.load(delta_smem.at[slot], layout=OF_COLUMNS)
+            ds = p * (dp - by_column(column_delta, dp.shape))
+            return accumulate(acc, ds.astype(q.dtype), q_smem.at[slot])
+
+        def over_steps(add, acc):
+            def step(n, acc, whole):
                 slot = jax.lax.rem(n, stages)
                 plgpu.barrier_wait(ring.loaded.at[slot])
-                acc = body(n, slot, acc)
+                acc = add(acc, n, slot, whole)
                 plgpu.barrier_arrive(ring.released.at[slot])
                 return acc
 
-            acc = jax.lax.fori_loop(0, steps, step, full((KEYS, width), 0.0))
-            out.at[b, g, item, pl.ds(part * KEYS, KEYS)][...] = acc * factor
+            # Positions rise with the queries: those that do not see all of the keys come first.
+            all_whole, full_steps = passed[b, block], jax.lax.div(count, each)
+            n, acc = jax.lax.while_loop(
+                lambda carry: (carry[0] < full_steps) & (query(carry[0] * each) < all_whole),
+                lambda carry: (carry[0] + 1, step(*carry, whole=False)),
+                (jnp.int32(0), acc),
+            )
+            acc = jax.lax.fori_loop(n, full_steps, functools.partial(step, whole=True), acc)
+            return jax.lax.fori_loop(full_steps, steps, functools.partial(step, whole=False), acc)
 
-        @pl.when((warpgroup == _DV) & (count > 0))
-        def _():
-            def body(n, slot, acc):
-                scores = product(k_smem, q_smem.at[slot].transpose((1, 0)))
-                p = probabilities(n, slot, scores)
-                return accumulate(acc, p.astype(q.dtype), d_out_smem.at[slot])
+        for own, add, out, width, factor in (
+            (_DV, add_to_dv, dv, v_features, 1.0),
+            (_DK, add_to_dk, dk, features, scale),
+        ):
 
-            over_steps(body, dv, v_features, 1.0)
-
-        @pl.when((warpgroup == _DK) & (count > 0))
-        def _():
-            def body(n, slot, acc):
-                p, dp = products(
-                    *(k_smem, q_smem.at[slot].transpose((1, 0))),
-                    *(v_smem, d_out_smem.at[slot].transpose((1, 0))),
-                    functools.partial(probabilities, n, slot),
-                )
-                column_delta = plgpu.load(delta_smem.at[slot], layout=OF_COLUMNS)
-                ds = p * (dp - by_column(column_delta, dp.shape))
-                return accumulate(acc, ds.astype(q.dtype), q_smem.at[slot])
-
-            over_steps(body, dk, features, scale)
+            @pl.when((warpgroup == own) & (count > 0))
+            def _(add=add, out=out, width=width, factor=factor):
+                plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+                plgpu.barrier_wait(keys_loaded)
+                acc = over_steps(add, full((KEYS, width), 0.0))
+                out.at[b, g, item, pl.ds(part * KEYS, KEYS)][...] = acc * factor
 
     return launch.launch(
         selected_dk_dv,
