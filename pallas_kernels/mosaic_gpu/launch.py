@@ -28,7 +28,8 @@ def interpreted(detect_races: bool = True):
       detect_races: whether races are looked for; one that is found is printed.
     """
     global _interpreted
-    params = plgpu.InterpretGPUParams(detect_races=detect_races)
+    # A copy that nobody waited for looks like an earlier one by the same of these "threads".
+    params = plgpu.InterpretGPUParams(detect_races=detect_races, num_tma_threads_per_device=256)
     with plgpu.force_gpu_interpret_mode(params):
         before, _interpreted = _interpreted, True
         try:
