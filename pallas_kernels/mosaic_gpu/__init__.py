@@ -1,6 +1,8 @@
 """Pallas Mosaic GPU kernels for NVIDIA Hopper: TMA copies, wgmma, specialised warpgroups.
 
-    interval.py   interval_attention: tiles of query rows walk the keys that they may see
+    interval.py   interval_attention: tiles of query rows walk the keys that they may see;
+                  walks.py, which ones these are, and interval_backward.py
+    rows.py       which rows a tile has, and their copies
     selected.py   selected_attention; selected_walk.py, how tiles walk the blocks of their queries,
                   selected_forward.py and selected_backward.py, what they do there
     lists.py      the unions of those blocks
