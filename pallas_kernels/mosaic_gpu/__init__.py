@@ -6,6 +6,7 @@
     selected.py   selected_attention; selected_walk.py, how tiles walk the blocks of their queries,
                   selected_forward.py and selected_backward.py, what they do there
     lists.py      the unions of those blocks
+    blocks.py     select_blocks; ranking.py, its choice of the top n
     common.py     what the kernels share on the device
     launch.py     the one call of Pallas Mosaic GPU, its interpreter, and what is refused
     tuning.py     tile sizes and stages by kernel and head sizes
