@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.calls import batched, device, positive_scale  # noqa: F401
