@@ -44,7 +44,7 @@ test: $(VENV)/ready
 
 # Resolves anew at each run: what is newest changes. What takes long and depends least on other
 # packages is left to the pinned versions.
-UNCHANGED = tests/triton tests/experiments tests/ops/properties_test.py tests/ops/xla_test.py
+UNCHANGED = tests/triton tests/mosaic_gpu tests/experiments tests/ops/properties_test.py tests/ops/xla_test.py
 test-latest: $(LATEST)/ready
 	@$(LATEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]'
 	$(FAST_COMPILE) $(LATEST)/bin/python $(PYTEST) $(addprefix --ignore=,$(UNCHANGED))
