@@ -195,20 +195,24 @@ def dk_dv_of_items(
             @pl.loop(0, steps)
             def _(n):
                 slot = jax.lax.rem(n, stages)
+                # Before the wait and the copies, which no compiler moves a read across.
+                wanted = [query(n * each + i) for i in range(each)]
 
                 @pl.when(n >= stages)
                 def _():
                     plgpu.barrier_wait(ring.released.at[slot])
 
+                loaded = ring.loaded.at[slot]
                 for i in range(each):
-                    at, rows = (b, query(n * each + i), g), pl.ds(i * heads, heads)
-                    for source, target in zip(
-                        (q, d_out, lse2, delta),
-                        (q_smem, d_out_smem, lse2_smem, delta_smem),
-                        strict=True,
-                    ):
+                    at, rows = (b, wanted[i], g), pl.ds(i * heads, heads)
+                    for source, target in ((q, q_smem), (d_out, d_out_smem)):
+                        plgpu.copy_gmem_to_smem(source.at[at], target.at[slot, rows], loaded)
+                    for source, target in ((lse2, lse2_smem), (delta, delta_smem)):
+                        # Copies that mind bounds must begin at multiples of 128 bytes in shared
+                        # memory; the numbers of one query are as few as 32 bytes.
                         plgpu.copy_gmem_to_smem(
-                            source.at[at], target.at[slot, rows], ring.loaded.at[slot]
+                            *(source.at[at], target.at[slot, rows], loaded),
+                            oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
                         )
 
             @pl.loop(0, jnp.minimum(steps, stages))

@@ -1,9 +1,12 @@
 """selected_attention's Mosaic GPU kernels: interpreted on a CPU, and lowered for a GPU."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.mosaic.gpu.launch_context import LaunchContext
 
 from nsa_jax.ops import reference
 from pallas_kernels.mosaic_gpu import launch, lists, selected
@@ -162,7 +165,7 @@ def test_unions_by_hand():
 
 @pytest.mark.parametrize("v_head_dim", launch.V_HEAD_DIMS)
 @pytest.mark.parametrize("head_dim", launch.HEAD_DIMS)
-def test_lowers_for_a_gpu_within_its_shared_memory(head_dim, v_head_dim):
+def test_lowers_for_a_gpu_within_its_shared_memory(head_dim, v_head_dim, monkeypatch):
     """Layouts are found and shared memory suffices, for each pair of sizes and some group sizes."""
     cases = [(d, e) for d in launch.HEAD_DIMS for e in launch.V_HEAD_DIMS]
     index = cases.index((head_dim, v_head_dim))
@@ -176,4 +179,15 @@ def test_lowers_for_a_gpu_within_its_shared_memory(head_dim, v_head_dim):
         out, pull = jax.vjp(lambda *x: selected_attention(*x, *where, block_size, 0.1), q, k, v)
         return out, pull(out)
 
+    boxes, describe = [], LaunchContext._get_tma_desc
+
+    def recorded(self, ref, transform, peer, box, *rest):
+        boxes.append(math.prod(box) * (4 if "32" in str(ref.type.element_type) else 2))
+        return describe(self, ref, transform, peer, box, *rest)
+
+    monkeypatch.setattr(LaunchContext, "_get_tma_desc", recorded)
+
     jax.jit(run).trace(q, k, v, *where).lower(lowering_platforms=("cuda",))
+    # Such copies begin at multiples of 128 bytes in shared memory, where others may lie before.
+    assert boxes
+    assert all(size % 128 == 0 for size in boxes)
