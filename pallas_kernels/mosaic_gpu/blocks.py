@@ -255,7 +255,8 @@ def _kernel(
 
     @pl.when(warpgroup < cut.warpgroups)
     def _compute():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        if cut.warpgroups > 1:  # two warpgroups begin with more registers than these
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         tile = index * cut.warpgroups + warpgroup
         q_tile, lse_tile, there = (x.at[warpgroup] for x in (q_smem, lse_smem, q_there))
         _load_tile(q, lse, where, tile, q_tile, lse_tile, there)
@@ -288,7 +289,8 @@ def _kernel(
 
     @pl.when(warpgroup == cut.warpgroups)
     def _memory():
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        if cut.warpgroups > 1:
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         _stream(k, where, walk, k_smem, k_there, k_free)
 
 
