@@ -128,21 +128,20 @@ def _interval_dkv(
             slot = jax.lax.rem(n, stages)
             q_rows, d_out_rows = q_smem.at[slot], d_out_smem.at[slot]
             plgpu.barrier_wait(rows_there.at[slot])
-            row_lo, row_hi, row_lse, row_delta = (
-                plgpu.load(x.at[slot, i], layout=OF_COLUMNS)
-                for x in (intervals_smem, numbers_smem)
-                for i in range(2)
-            )
+
+            def of_rows(numbers, i):  # read late: in this layout, 16 registers of each thread
+                return plgpu.load(numbers.at[slot, i], layout=OF_COLUMNS)
 
             def probabilities(scores):
                 shape = scores.shape
                 if masked:
+                    row_lo, row_hi = (of_rows(intervals_smem, i) for i in range(2))
                     key = keys(part).start + plgpu.broadcasted_iota(
                         jnp.int32, shape, 0, layout=TILE
                     )
                     seen = walks.seen(key, by_column(row_lo, shape), by_column(row_hi, shape))
                     scores = jnp.where(seen, scores, -jnp.inf)
-                return jnp.exp2(scores * c - by_column(row_lse, shape))
+                return jnp.exp2(scores * c - by_column(of_rows(numbers_smem, 0), shape))
 
             operands = k_tile, q_rows.transpose((1, 0))
             if with_dk:
@@ -153,7 +152,7 @@ def _interval_dkv(
             if with_dv:
                 dv_tile = accumulate(dv_tile, p.astype(q.dtype), d_out_rows)
             if with_dk:
-                ds = p * (dp - by_column(row_delta, p.shape))
+                ds = p * (dp - by_column(of_rows(numbers_smem, 1), p.shape))
                 if masked:
                     ds = jnp.where(p > 0, ds, 0.0)  # of a value that nobody sees it may be NaN
                 dk_tile = accumulate(dk_tile, ds.astype(q.dtype), q_rows)
