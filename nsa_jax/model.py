@@ -10,9 +10,13 @@ import jax.numpy as jnp
 from nsa_jax.config import NSAConfig, check_integer
 from nsa_jax.modules import DenseAttention, NativeSparseAttention
 from nsa_jax.ops import dense, dispatch
+from nsa_jax.ops.cache import DenseCache, SparseCache
 from nsa_jax.typing import Array, Float, Int
 
 DTYPES = ("float32", "bfloat16")
+
+AttentionLayer = NativeSparseAttention | DenseAttention
+LayerCache = SparseCache | DenseCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,16 +128,25 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], document_starts: Int[Array, "B T"] | None
-    ) -> tuple[Float[Array, "B T D"], None]:
-        """Returns the new residual stream, and None: the pair that `nn.scan` expects."""
+        self,
+        x: Float[Array, "B T D"],
+        document_starts: Int[Array, "B T"] | None,
+        cache: LayerCache | None = None,
+        counts: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Returns the new residual stream, and the new cache or None: a pair, for `nn.scan`."""
         config = self.config
         dropout = nn.Dropout(config.dropout, deterministic=self.deterministic)
         h = _rms_norm(config, "attention_norm")(x)
-        x += dropout(_attention(config)(h, document_starts=document_starts))
+        attended = attention_layer(config, name="attention")(
+            h, document_starts=document_starts, cache=cache, counts=counts
+        )
+        if cache is not None:
+            attended, cache = attended
+        x += dropout(attended)
         h = _rms_norm(config, "mlp_norm")(x)
         x += dropout(SwiGLU(config, name="mlp")(h))
-        return x, None
+        return x, cache
 
 
 @jax.custom_vjp
@@ -164,6 +177,16 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
 
+    def init_cache(self, batch_size: int, capacity: int) -> tuple[LayerCache, ...]:
+        """An empty cache of each layer, for rows of up to `capacity` tokens.
+
+        Raises:
+          ValueError: if batch_size or capacity is no positive integer.
+        """
+        layer = attention_layer(self.config, parent=None)
+        # A cache is donated to whoever appends to it: no two layers may share their zeros.
+        return tuple(layer.init_cache(batch_size, capacity) for _ in range(self.config.num_layers))
+
     @nn.compact
     def __call__(
         self,
@@ -171,7 +194,9 @@ class Transformer(nn.Module):
         document_starts: Int[Array, "B T"] | None = None,
         *,
         deterministic: bool = True,
-    ) -> Float[Array, "B T vocab"]:
+        cache: tuple[LayerCache, ...] | None = None,
+        counts: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], tuple[LayerCache, ...]]:
         """The logits of the next token at each position.
 
         Args:
@@ -179,9 +204,15 @@ class Transformer(nn.Module):
           document_starts: int32, for rows that hold several documents, the position at which each
             token's document begins: a multiple of the selection block. 0 by default.
           deterministic: False applies dropout, with the "dropout" rng.
+          cache: the tokens before these, from `init_cache` or an earlier call.
+          counts: with a cache, int32, how many tokens of each row count, the first ones; T by
+            default.
 
         Returns:
-          float32 logits.
+          float32 logits; with a cache, also the new cache.
+
+        Raises:
+          ValueError: if the tokens do not fit into the cache, or scan_layers is set with one.
         """
         config = self.config
         embed = nn.Embed(
@@ -193,6 +224,26 @@ class Transformer(nn.Module):
             name="embed",
         )
         x = _look_up(embed.embedding, tokens).astype(config.dtype)
+        x, cache = self._layers(x, document_starts, deterministic, cache, counts)
+        x = _rms_norm(config, "final_norm")(x)
+        logits = self._logits(x, embed)
+        return logits if cache is None else (logits, cache)
+
+    def _layers(self, x, document_starts, deterministic, cache, counts):
+        """All blocks, one after the other; the second result is the new cache or None."""
+        config = self.config
+        if cache is not None:
+            if config.scan_layers:
+                raise ValueError(
+                    "scan_layers=True: a scan would copy the whole cache at each step; "
+                    "nsa_jax.decoding.unrolled gives the model and its parameters layer by layer"
+                )
+            layers = []
+            for index, layer in enumerate(cache):
+                block = Block(config, deterministic, name=f"layers_{index}")
+                x, layer = block(x, document_starts, layer, counts)
+                layers.append(layer)
+            return x, tuple(layers)
         block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
         if config.scan_layers:
             stack = nn.scan(
@@ -202,12 +253,14 @@ class Transformer(nn.Module):
                 in_axes=nn.broadcast,
                 length=config.num_layers,
             )
-            x, _ = stack(config, deterministic, name="layers")(x, document_starts)
-        else:
-            for layer in range(config.num_layers):
-                x, _ = block(config, deterministic, name=f"layers_{layer}")(x, document_starts)
-        x = _rms_norm(config, "final_norm")(x)
-        # Products in the compute dtype, summed and kept in float32.
+            return stack(config, deterministic, name="layers")(x, document_starts)
+        for layer in range(config.num_layers):
+            x, _ = block(config, deterministic, name=f"layers_{layer}")(x, document_starts)
+        return x, None
+
+    def _logits(self, x, embed):
+        """Products in the compute dtype, summed and kept in float32."""
+        config = self.config
         if config.tie_embeddings:
             table = embed.embedding.astype(x.dtype)
             return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
@@ -226,7 +279,8 @@ def _rms_norm(config, name):
     return nn.RMSNorm(dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
-def _attention(config):
+def attention_layer(config: TransformerConfig, **keywords) -> AttentionLayer:
+    """The attention of one block, with the keywords of every Flax module (name, parent)."""
     common = {
         "num_heads": config.num_heads,
         "num_kv_heads": config.num_kv_heads,
@@ -236,7 +290,7 @@ def _attention(config):
         "implementation": config.implementation,
         "dtype": config.dtype,
         "param_dtype": config.param_dtype,
-        "name": "attention",
+        **keywords,
     }
     if config.attention == "dense":
         return DenseAttention(output_gate=config.output_gate, **common)

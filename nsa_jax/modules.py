@@ -1,7 +1,8 @@
 """Attention layers as Flax Linen modules: they own parameters and names, `nsa_jax.ops` the maths.
 
 `NativeSparseAttention` and `DenseAttention` are called alike, so that a model swaps one for the
-other.
+other. Given a cache, both decode: they attend from new tokens to those of the cache, and return the
+new cache beside their output.
 """
 
 import flax.linen as nn
@@ -11,6 +12,8 @@ from nsa_jax.config import NSAConfig
 from nsa_jax.ops import compression
 from nsa_jax.ops.attention import native_sparse_attention
 from nsa_jax.ops.branches import check_positions
+from nsa_jax.ops.cache import DenseCache, SparseCache, check_chunk, dense_cache, sparse_cache
+from nsa_jax.ops.decode import dense_attention_cached, sparse_attention_cached
 from nsa_jax.ops.dense import dense_attention
 from nsa_jax.rotary import apply_rope
 from nsa_jax.typing import Array, Float, Int
@@ -109,26 +112,44 @@ class NativeSparseAttention(nn.Module):
     dtype: jnp.dtype | None = None
     param_dtype: jnp.dtype = jnp.float32
 
+    def init_cache(self, batch_size: int, capacity: int) -> SparseCache:
+        """An empty cache for rows of up to `capacity` tokens, to decode with.
+
+        Raises:
+          ValueError: if batch_size or capacity is no positive integer.
+        """
+        return sparse_cache(batch_size, capacity, *_cached_heads(self), self.nsa)
+
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], *, document_starts: Int[Array, "B T"] | None = None
-    ) -> Float[Array, "B T D"]:
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        document_starts: Int[Array, "B T"] | None = None,
+        cache: SparseCache | None = None,
+        counts: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], SparseCache]:
         """Attends over the tokens before and at each position.
 
         Args:
           x: the layer's input.
           document_starts: int32, for rows that hold several documents, the position at which each
             token's document begins: a multiple of select_block_size. 0 by default.
+          cache: the tokens before these; from `init_cache` before the first ones. T is any number
+            up to its capacity: a chunk of a prompt, or 1.
+          counts: with a cache, int32, how many tokens of each row count, the first ones; T by
+            default. The output of the others means nothing.
 
         Returns:
-          The layer's output, [B, T, D].
+          The layer's output, [B, T, D]; with a cache, also the new cache. A token that it has no
+          room for is not kept, and its output is NaN.
 
         Raises:
-          ValueError: if the sizes of the heads do not fit.
+          ValueError: if the sizes of the heads do not fit, or the tokens do not fit into the cache.
           UnsupportedError: if the implementation asked for by name cannot run here.
         """
         nsa, heads = self.nsa, _Heads(self)
-        positions = _document_positions(x, document_starts)
+        positions = _positions(x, document_starts, cache, counts)
         q = heads.project("query", self.num_heads, self.head_dim)(x)
         rotated_q = apply_rope(q, positions, theta=self.rope_theta)
 
@@ -147,20 +168,25 @@ class NativeSparseAttention(nn.Module):
             k, v = branch
             return apply_rope(k, positions, theta=self.rope_theta), v
 
-        out, block_indices = native_sparse_attention(
-            rotated_q,
-            self._compress(*compressed, positions),
-            rotate_keys(selected),
-            rotate_keys(window),
-            gates,
-            config=nsa,
-            q_compressed=q if nsa.compressed_rope == "none" else rotated_q,
-            document_starts=document_starts,
-            implementation=self.implementation,
-        )
+        branches = (rotate_keys(selected), rotate_keys(window), gates)
+        options = {
+            "config": nsa,
+            "q_compressed": q if nsa.compressed_rope == "none" else rotated_q,
+            "implementation": self.implementation,
+        }
+        if cache is None:
+            compressed = self._compress(*compressed, positions)
+            out, block_indices = native_sparse_attention(
+                rotated_q, compressed, *branches, document_starts=document_starts, **options
+            )
+        else:
+            out, block_indices, cache = sparse_attention_cached(
+                rotated_q, compressed, *branches, cache, counts, compress=self._compress, **options
+            )
         self.sow("intermediates", "block_indices", block_indices)
         self.sow("intermediates", "gates", gates)
-        return heads.output(x.shape[-1])(out)
+        out = heads.output(x.shape[-1])(out)
+        return out if cache is None else (out, cache)
 
     def _compress(self, k, v, positions):
         """phi of keys and of values, with the keys rotated as `compressed_rope` says."""
@@ -207,24 +233,39 @@ class DenseAttention(nn.Module):
     dtype: jnp.dtype | None = None
     param_dtype: jnp.dtype = jnp.float32
 
+    def init_cache(self, batch_size: int, capacity: int) -> DenseCache:
+        """As `NativeSparseAttention.init_cache`."""
+        return dense_cache(batch_size, capacity, *_cached_heads(self))
+
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], *, document_starts: Int[Array, "B T"] | None = None
-    ) -> Float[Array, "B T D"]:
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        document_starts: Int[Array, "B T"] | None = None,
+        cache: DenseCache | None = None,
+        counts: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], DenseCache]:
         """As `NativeSparseAttention.__call__`; documents may begin at any position."""
         heads = _Heads(self)
-        positions = _document_positions(x, document_starts)
+        positions = _positions(x, document_starts, cache, counts)
         q = heads.project("query", self.num_heads, self.head_dim)(x)
         k = heads.project("key", self.num_kv_heads, self.head_dim)(x)
         v = heads.project("value", self.num_kv_heads, heads.v_head_dim)(x)
         q, k = (apply_rope(a, positions, theta=self.rope_theta) for a in (q, k))
-        out = dense_attention(
-            q, k, v, document_starts=document_starts, implementation=self.implementation
-        )
+        if cache is None:
+            out = dense_attention(
+                q, k, v, document_starts=document_starts, implementation=self.implementation
+            )
+        else:
+            out, cache = dense_attention_cached(
+                q, (k, v), cache, counts, implementation=self.implementation
+            )
         if self.output_gate:
             gate = nn.DenseGeneral(self.num_heads, name="output_gate", **heads.dtypes)(x)
             out = out * nn.sigmoid(gate.astype(jnp.float32))[..., None].astype(out.dtype)
-        return heads.output(x.shape[-1])(out)
+        out = heads.output(x.shape[-1])(out)
+        return out if cache is None else (out, cache)
 
 
 class _Heads:
@@ -246,9 +287,25 @@ class _Heads:
         )
 
 
-def _document_positions(x, document_starts):
+def _cached_heads(module):
+    """Sizes and dtype of what a cache keeps of a token."""
+    dtype = module.param_dtype if module.dtype is None else module.dtype
+    return (module.num_kv_heads, module.head_dim, _Heads(module).v_head_dim), dtype
+
+
+def _positions(x, document_starts, cache, counts):
     """Positions within each document, so that packed documents are rotated as they are alone."""
     positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    if cache is not None:
+        if document_starts is not None:
+            raise ValueError(
+                "document_starts together with a cache: packed documents are not decoded, a row of "
+                "a cache holds one sequence"
+            )
+        check_chunk(x, cache, counts)
+        return cache.length[:, None] + positions
+    if counts is not None:
+        raise ValueError("counts says how many tokens go into a cache, and there is no cache")
     if document_starts is None:
         return positions
     check_positions("attention", "document_starts", document_starts, x.shape[:2])

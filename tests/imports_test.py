@@ -55,10 +55,12 @@ ALLOWED = {
         "jax",
         "nsa_jax.config",
         "nsa_jax.modules",
+        "nsa_jax.ops.cache",
         "nsa_jax.ops.dense",
         "nsa_jax.ops.dispatch",
         "nsa_jax.typing",
     },
+    "nsa_jax.decoding": {"jax", "nsa_jax.config", "nsa_jax.model", "nsa_jax.typing"},
     "nsa_jax.training": {
         "flax",
         "grain",

@@ -106,7 +106,7 @@ def select_blocks(
     if lse.shape != q.shape[:3]:
         raise ValueError(f"select_blocks: lse {lse.shape} must be [B, T, N] = {q.shape[:3]}")
     q, k_compressed, lse = jax.lax.stop_gradient((q, k_compressed, lse))
-    sizes = _selection_sizes(config)
+    sizes = selection_sizes(config)
     if implementation == "reference":
         where = {"q_positions": q_positions, "document_starts": document_starts}
         return reference.select_blocks(q, k_compressed, scale=scale, **sizes, **where)
@@ -289,7 +289,8 @@ def _compressed_sizes(config):
     }
 
 
-def _selection_sizes(config):
+def selection_sizes(config: NSAConfig) -> dict[str, int]:
+    """The geometry as the keywords of the kernel operations that select."""
     return _compressed_sizes(config) | {
         "select_block_size": config.select_block_size,
         "num_selected_blocks": config.num_selected_blocks,

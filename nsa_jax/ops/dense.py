@@ -18,9 +18,10 @@ _CUDNN_DTYPES = ("bfloat16", "float16")
 
 def dense_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K V"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     *,
+    q_positions: Int[Array, "B T"] | None = None,
     document_starts: Int[Array, "B T"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B T N V"]:
@@ -30,28 +31,39 @@ def dense_attention(
       q: queries.
       k: keys; K divides N.
       v: values.
+      q_positions: int32, the position of each query among the keys; 0, 1, ... by default. Of more
+        than one query a row it builds a [B, T, S] mask.
       document_starts: int32, for rows that hold several documents, the position at which each
-        query's document begins; 0 by default. Builds a [B, T, T] mask.
+        query's document begins; 0 by default. Builds a mask too.
       implementation: one of `IMPLEMENTATIONS`.
 
     Raises:
       ValueError: if shapes do not fit each other or there is no such implementation.
       UnsupportedError: if the implementation asked for by name cannot run this call.
     """
-    check_shapes("dense_attention", q, k, v, None, document_starts)
+    check_shapes("dense_attention", q, k, v, q_positions, document_starts)
     # dot_product_attention wants equal sizes: zeros add nothing to a score or to a value.
     size, v_head_dim = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-    masked = document_starts is not None
-    name = resolve(implementation, q.dtype, size, odd_mask=masked and bool(q.shape[1] % 2))
+    visible = _visible(q, k, q_positions, document_starts)
+    odd_mask = "mask" in visible and bool(q.shape[1] % 2 or k.shape[1] % 2)
+    name = resolve(implementation, q.dtype, size, odd_mask=odd_mask)
     scale = q.shape[-1] ** -0.5
     q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])]) for x in (q, k, v))
-    mask = None
-    if masked:
-        mask = (jnp.arange(k.shape[1]) >= document_starts[:, :, None])[:, None]
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=scale, is_causal=True, implementation=name
-    )
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=name, **visible)
     return out[..., :v_head_dim]
+
+
+def _visible(q, k, q_positions, document_starts):
+    """Which keys each query sees, as the keywords of dot_product_attention."""
+    if q_positions is not None and document_starts is None and q.shape[1] == 1:
+        return {"key_value_seq_lengths": jnp.minimum(q_positions[:, 0] + 1, k.shape[1])}
+    keys, mask = jnp.arange(k.shape[1]), None
+    if document_starts is not None:
+        mask = keys >= document_starts[:, :, None]
+    if q_positions is not None:
+        past = keys <= q_positions[:, :, None]
+        return {"mask": (past if mask is None else past & mask)[:, None]}
+    return {"is_causal": True} | ({} if mask is None else {"mask": mask[:, None]})
 
 
 def resolve(implementation: str, dtype, head_dim: int, *, odd_mask: bool = False) -> str:
@@ -61,7 +73,7 @@ def resolve(implementation: str, dtype, head_dim: int, *, odd_mask: bool = False
       implementation: one of `IMPLEMENTATIONS`.
       dtype: of the queries.
       head_dim: the larger one of queries and values.
-      odd_mask: whether documents are packed into rows of an odd number of tokens.
+      odd_mask: whether there is a mask over an odd number of queries or keys.
 
     Raises:
       ValueError: if there is no implementation of that name.
@@ -97,5 +109,5 @@ def cudnn_refusal(dtype, head_dim: int, *, odd_mask: bool = False) -> str | None
     if head_dim % 8 or head_dim > largest:
         return f"cuDNN takes multiples of 8 up to {largest} features a head, not {head_dim}."
     if odd_mask:
-        return "cuDNN takes packed documents in rows of an even number of tokens alone."
+        return "cuDNN takes masks (of packed documents, or chunks of a prompt) of even sizes alone."
     return None

@@ -17,7 +17,9 @@ from nsa_jax.ops import xla
 
 AUTO_ORDER = ("mosaic_gpu", "triton", "xla")
 IMPLEMENTATIONS = ("auto", *AUTO_ORDER, "reference")
-OPERATIONS = tuple(pallas_kernels.KERNELS)
+#: Of training, and of a prompt's prefill; STEPS of one new token over a cache.
+OPERATIONS = ("interval_attention", "select_blocks", "selected_attention")
+STEPS = ("sparse_step", "dense_step")
 
 
 class UnsupportedError(NotImplementedError):
@@ -60,7 +62,7 @@ def resolve(operation: str, implementation: str, *args, **kwargs) -> tuple[str, 
     """The name and the function of the implementation that runs this call.
 
     Args:
-      operation: one of `OPERATIONS`.
+      operation: one of `OPERATIONS` or `STEPS`.
       implementation: one of `IMPLEMENTATIONS` but "reference", which has no kernel operations.
       *args: the operation's arguments, or anything with their shapes and dtypes.
       **kwargs: the operation's keywords.
@@ -84,8 +86,8 @@ def explain(implementation: str) -> dict[str, dict]:
     """What the devices of this process allow, before any shapes are known: a record for run logs.
 
     Returns:
-      For each operation, the implementation "chosen" and, for those tried before it, the sentence
-      of why each was "refused".
+      For each of `OPERATIONS`, the implementation "chosen" and, for those tried before it, the
+      sentence of why each was "refused".
 
     Raises:
       ValueError, UnsupportedError: as `resolve`.

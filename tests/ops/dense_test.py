@@ -25,6 +25,19 @@ def test_it_is_a_window_over_everything(v_head_dim, packed):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_queries_may_stand_at_other_positions(queries, packed):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, queries, 6, 16))
+    k, v = jax.random.normal(keys[1], (2, 2, 37, 2, 16))
+    at = {"q_positions": jnp.array([[30], [11]]) + jnp.arange(queries)}
+    at |= {"document_starts": at["q_positions"] // 10 * 10} if packed else {}
+    out = dense.dense_attention(q, k, v, **at, implementation="xla")
+    expected, _ = reference.sliding_window_attention(q, k, v, window_size=37, **at)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN can run on a GPU")
 def test_cudnn_is_refused_without_a_gpu():
     x = jnp.ones((1, 8, 2, 8), jnp.bfloat16)
@@ -46,7 +59,7 @@ def test_cudnn_is_refused_without_a_gpu():
         ("9.0", "bfloat16", 20, False, "not 20"),
         ("9.0", "float32", 64, False, "bfloat16 and float16, not float32"),
         ("7.5", "float16", 64, False, "since Ampere"),
-        ("9.0", "bfloat16", 64, True, "even number of tokens"),
+        ("9.0", "bfloat16", 64, True, "of even sizes alone"),
     ],
 )
 def test_what_cudnn_takes(monkeypatch, capability, dtype, head_dim, odd_mask, refusal):

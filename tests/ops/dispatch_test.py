@@ -102,10 +102,8 @@ def test_explain_says_what_was_chosen_and_why():
 
 
 def test_the_table_names_known_operations():
-    assert set(dispatch.OPERATIONS) == {
-        "interval_attention",
-        "select_blocks",
-        "selected_attention",
-    }
+    assert set(pallas_kernels.KERNELS) == {*dispatch.OPERATIONS, *dispatch.STEPS}
+    for operation in pallas_kernels.KERNELS:
+        assert dispatch.resolve(operation, "xla")[1] is getattr(xla, operation)
     for kernels in pallas_kernels.KERNELS.values():
         assert set(kernels) <= {"mosaic_gpu", "triton"}
