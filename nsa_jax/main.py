@@ -17,8 +17,11 @@ import runpy
 import sys
 import traceback
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from nsa_jax import command_line
+from nsa_jax.command_line import UsageError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -36,58 +39,41 @@ _DRY_RUN = flags.DEFINE_bool(
 )
 
 
-class _UsageError(Exception):
-    """The command line is wrong, for the reason given."""
-
-
 def run() -> None:
     """Runs the command line and exits: the console script `nsa-train`."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed by the shell
-            stream.reconfigure(errors="backslashreplace")  # a sample has any character
     # As `python -m` does: config files import what they build on from the current folder.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    # Nor does --help find the text and the flags when a console script is the main module.
-    sys.modules["__main__"].__doc__ = __doc__
-    for flag in (_CONFIG, _WORKDIR, _DRY_RUN):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
-    try:
-        app.run(_main, flags_parser=_parse)
-    except _UsageError as error:
-        _leave(str(error), 2)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
+    command_line.run("nsa-train", __doc__, (_CONFIG, _WORKDIR, _DRY_RUN), _parse, _main)
 
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; every mistake becomes one sentence.
 
     Raises:
-      _UsageError: on a mistake.
+      UsageError: on a mistake.
     """
     try:
         argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
         rest = flags.FLAGS(argv)
-        if rest[1:]:
-            raise _UsageError(f"what is {' '.join(rest[1:])!r}? Flags are written --name=value.")
+        command_line.check_no_words(rest)
         path = _config_path(argv)
         if path is None:
-            raise _UsageError(
+            raise UsageError(
                 "--config is missing: name a config file, for instance --config=configs/tiny_cpu.py"
             )
         if not _WORKDIR.value and not _DRY_RUN.value:
-            raise _UsageError(
+            raise UsageError(
                 "--workdir is missing: name the run's own folder, for instance --workdir=runs/tiny"
             )
         if _CONFIG.value is not None:
             _CONFIG.value.keys()  # a file that could not be opened raises on first use
         if not isinstance(_CONFIG.value, ConfigDict):
-            raise _UsageError(f"get_config() of {path} must return an ml_collections.ConfigDict")
-    except (_UsageError, SystemExit):
+            raise UsageError(f"get_config() of {path} must return an ml_collections.ConfigDict")
+    except (UsageError, SystemExit):
         raise
     except Exception as error:  # config files run any code, and ml_collections raises as it comes
-        raise _UsageError(_explain(error, argv)) from error
+        raise UsageError(_explain(error, argv)) from error
     return rest
 
 
@@ -183,12 +169,11 @@ def _integer(variable: str) -> int | None:
     try:
         return None if value is None else int(value)
     except ValueError:
-        raise _UsageError(f"{variable}={value!r} in the environment must be an integer") from None
+        raise UsageError(f"{variable}={value!r} in the environment must be an integer") from None
 
 
 def _leave(message: str, status: int) -> None:
-    print(f"nsa-train: {message}", file=sys.stderr)
-    sys.exit(status)
+    command_line.leave("nsa-train", message, status)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,23 @@ class Checkpoints:
         Raises:
           CheckpointError: if there are checkpoints and none is usable; all are left in place.
         """
+        found, broken = self.read(abstract_state, check)
+        unfinished = list(self._directory.glob(_UNFINISHED))
+        _all_processes("checkpoints looked at")
+        moved = {path: f"is not usable ({why})" for path, why in broken.items()}
+        moved |= dict.fromkeys(unfinished, "was never finished")
+        self.set_aside = [_set_aside(path, why) for path, why in moved.items()]
+        _all_processes("checkpoints set aside")
+        return found
+
+    def read(
+        self, abstract_state: Any, check: Callable[[dict], None]
+    ) -> tuple[Restored | None, dict[Path, str]]:
+        """As `restore`, but changes nothing; also returns the newer ones, and why they are not it.
+
+        Raises:
+          CheckpointError: if there are checkpoints and none is usable.
+        """
         broken: dict[Path, str] = {}
         found = None
         steps = sorted(
@@ -112,13 +129,7 @@ class Checkpoints:
                 f"none of the checkpoints is usable:{listed}\nNothing was changed. Restore one "
                 "from a copy, or start again from the beginning in another workdir."
             )
-        unfinished = list(self._directory.glob(_UNFINISHED))
-        _all_processes("checkpoints looked at")
-        moved = {path: f"is not usable ({why})" for path, why in broken.items()}
-        moved |= dict.fromkeys(unfinished, "was never finished")
-        self.set_aside = [_set_aside(path, why) for path, why in moved.items()]
-        _all_processes("checkpoints set aside")
-        return found
+        return found, broken
 
     def save(self, step: int, state: Any, identity: dict) -> None:
         """Starts to write a checkpoint; returns when `state` may be donated.

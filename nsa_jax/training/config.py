@@ -22,7 +22,7 @@ from nsa_jax.training.sampling import SampleConfig
 _DERIVED_MODEL_FIELDS = ("vocab_size", "implementation", "nsa")
 
 # The data that a sample is drawn for; the rows of the synthetic tasks are no text.
-_SAMPLED = ("stdlib", "text")
+SAMPLED = ("stdlib", "text")
 
 _LEAST = {"steps": 1, "seed": 0, "log_every": 1, "eval_every": 0, "eval_batches": 0}
 
@@ -154,7 +154,7 @@ def _cross_check(
             f"data.seq_len={data.seq_len}: must be a multiple of "
             f"nsa.select_block_size={nsa.select_block_size}, to which documents are aligned"
         )
-    if data and sample and data.name in _SAMPLED:
+    if data and sample and data.name in SAMPLED:
         prompt = len(sample.prompt.encode())
         if 1 + prompt + sample.length > data.seq_len:
             problems.append(

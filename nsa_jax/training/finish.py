@@ -1,10 +1,12 @@
 """What stands at the end of a run: its measure beside the 3-gram's, a sample, the figures."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from nsa_jax.model import Transformer
 from nsa_jax.training import figures, metrics, ngram, sampling, seeds, steps
 from nsa_jax.training.data import Pipeline
 from nsa_jax.training.setup import Setup
@@ -51,8 +53,11 @@ def finish(
         if sum(map(len, pipeline.train_documents)) > _NGRAM_BYTES:
             result["ngram_training_bytes"] = _NGRAM_BYTES
     if text and run.sample.length:
-        key = seeds.stream_key(run.seed, "sample")
-        drawn = sampling.sample(setup.model, state.params, run.sample, key)
+        # Not every implementation that trains has a step of decoding.
+        model = Transformer(dataclasses.replace(run.model, implementation="auto"))
+        params = jax.device_get(state.params)  # one row on one device, whatever the mesh
+        seed = seeds.stream_seed(run.seed, "sample")
+        drawn = sampling.sample(model, params, run.sample, seed)
         result["sample"] = run.sample.prompt + drawn.decode(errors="replace")
     place.record_result(result)
     for line in summary(result):
@@ -68,7 +73,10 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     measured = result["validation"]["bits_per_byte"]
     lines = []
     if result["sample"] is not None:
-        lines += ["a sample:", *(f"  | {line}" for line in _shown(result["sample"]).splitlines())]
+        lines += [
+            "a sample:",
+            *(f"  | {line}" for line in sampling.shown(result["sample"]).splitlines()),
+        ]
     if (ngram_bits := result["ngram_bits_per_byte"]) is not None:
         cut = result["ngram_training_bytes"]
         part = "" if cut is None else f", counted on the first {cut:,} bytes of the training text"
@@ -93,13 +101,6 @@ def _first_bytes(documents: Sequence[bytes], limit: int) -> list[bytes]:
         kept.append(document[:limit])
         limit -= len(document)
     return kept
-
-
-def _shown(text: str) -> str:
-    """Returns a model's text with escapes for what a terminal might obey instead of showing."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )
 
 
 def _draw(setup, pipeline, state, place, result) -> None:

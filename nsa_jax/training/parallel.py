@@ -13,6 +13,11 @@ def data_mesh() -> Mesh:
     return Mesh(np.array(jax.devices()), (AXIS,))
 
 
+def local_mesh() -> Mesh:
+    """Returns the mesh of one device of this process."""
+    return Mesh(np.array(jax.local_devices()[:1]), (AXIS,))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of parameters, optimizer state and sums."""
     return NamedSharding(mesh, P())

@@ -1,16 +1,13 @@
-"""Text from a model, by running it again over the whole prefix for each new byte."""
+"""What a finished model writes, and how text of a model is shown."""
 
 import dataclasses
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
+from nsa_jax import decoding
+from nsa_jax.decoding import Sampling
 from nsa_jax.model import Transformer
 from nsa_jax.training.data import BOS
-from nsa_jax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,42 +33,55 @@ class SampleConfig:
             raise ValueError(f"prompt={self.prompt!r} cannot be encoded as UTF-8") from error
 
 
-def sample(model: Transformer, params: Any, config: SampleConfig, key: Array) -> bytes:
-    """Continues the prompt as the start of a document.
-
-    The buffer has one fixed shape, the prompt and the sample rounded up to whole selection blocks,
-    so that one compilation serves every position. Each byte costs a forward pass over it.
+def stream(
+    model: Transformer,
+    params: Any,
+    prompt: bytes,
+    length: int,
+    *,
+    sampling: Sampling,
+    seed: int,
+    stop: Sequence[bytes] = (),
+    capacity: int | None = None,
+) -> Iterator[bytes]:
+    """Continues a prompt as the start of a document, byte by byte.
 
     Args:
-      model: the model.
+      model: of bytes.
       params: its parameters.
-      config: the prompt, how many bytes to add, and the temperature.
-      key: random key; the same key gives the same bytes.
+      prompt: may be empty.
+      length: bytes to add at most.
+      sampling: how bytes are drawn.
+      seed: the same seed gives the same bytes.
+      stop: what ends the text; part of it.
+      capacity: see `nsa_jax.decoding.stream`.
 
-    Returns:
-      The new bytes, without the prompt.
+    Raises:
+      ValueError: as `nsa_jax.decoding.stream`.
     """
-    start = [BOS, *config.prompt.encode()]
-    block = model.config.nsa.select_block_size
-    tokens = np.zeros((1, -(-(len(start) + config.length) // block) * block), np.int32)
-    tokens[0, : len(start)] = start
-    end = len(start) + config.length
-    filled = _fill(model, params, tokens, len(start), end, config.temperature, key)
-    return bytes(np.asarray(filled)[0, len(start) : end].astype(np.uint8))
+    steps = decoding.stream(
+        model,
+        params,
+        [[BOS, *prompt]],
+        max_new_tokens=length,
+        sampling=sampling,
+        stop=stop,
+        forbidden=[BOS],  # it is one document
+        seed=seed,
+        capacity=capacity,
+    )
+    return (bytes(step) for step in steps)
 
 
-@partial(jax.jit, static_argnums=0)
-def _fill(
-    model: Transformer, params: Any, tokens: Array, start: int, end: int, temperature: float, key
-) -> Array:
-    """Returns int32 [1, T] with the positions from start to end drawn one after the other."""
+def sample(model: Transformer, params: Any, config: SampleConfig, seed: int) -> bytes:
+    """The new bytes of a sample, without the prompt."""
+    sampling = Sampling(temperature=config.temperature)
+    prompt = config.prompt.encode()
+    return b"".join(stream(model, params, prompt, config.length, sampling=sampling, seed=seed))
 
-    def draw(position: Array, tokens: Array) -> Array:
-        logits = model.apply({"params": params}, tokens)[0, position - 1]
-        logits = logits.at[BOS].set(-jnp.inf)  # a sample is one document
-        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-        drawn = jax.random.categorical(jax.random.fold_in(key, position), scaled)
-        chosen = jnp.where(temperature > 0, drawn, jnp.argmax(logits))
-        return tokens.at[0, position].set(chosen.astype(tokens.dtype))
 
-    return jax.lax.fori_loop(start, end, draw, tokens)
+def shown(text: str) -> str:
+    """Returns a model's text with escapes for what a terminal might obey instead of showing."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )

@@ -18,7 +18,7 @@ class Setup(NamedTuple):
 
     Attributes:
       run: the checked configuration.
-      mesh: all devices.
+      mesh: the devices.
       model: the model.
       make_state: returns the state of step 0, with its random initialisation.
       abstract_state: its shapes, dtypes and shardings.
@@ -35,18 +35,19 @@ class Setup(NamedTuple):
     eval_step: Callable
 
 
-def prepare(config: ConfigDict | Mapping) -> Setup:
+def prepare(config: ConfigDict | Mapping, mesh: Mesh | None = None) -> Setup:
     """Checks a configuration and makes the parts of its run.
 
     Args:
       config: the keys of configs/default.py.
+      mesh: of one axis, `parallel.AXIS`; all devices by default.
 
     Raises:
       ConfigError: if the configuration is wrong.
       UnsupportedError: if the implementation that it names cannot run here.
     """
     run = config_lib.run_config(config)
-    mesh = parallel.data_mesh()
+    mesh = parallel.data_mesh() if mesh is None else mesh
     config_lib.check_devices(run, mesh.size)
     model = Transformer(run.model)
     transformation = optimizer.make_optimizer(run.optimizer, run.steps)

@@ -61,7 +61,7 @@ class Workdir:
 
     def _claim(self, identity: Mapping) -> dict:
         """Returns what run.json says, made sure that it is this run's."""
-        run = self._read()
+        run = read_run(self.path)
         if run is not None:
             refuse_other_run(run["identity"], identity, str(self.path))
             return run
@@ -105,21 +105,6 @@ class Workdir:
         self._run["result"] = {"time": _now(), **result}
         self._write()
 
-    def _read(self) -> dict | None:
-        path = self.path / _RUN_FILE
-        if not path.exists():
-            return None
-        try:
-            run = json.loads(path.read_text())
-            if isinstance(run["starts"], list) and run["identity"].keys() >= _IDENTITY:
-                return run
-        except (ValueError, TypeError, KeyError, AttributeError):
-            pass
-        raise WorkdirError(
-            f"{path} cannot be read, so it cannot be told which run this workdir holds; repair it "
-            "or choose another workdir"
-        )
-
     def _write(self) -> None:
         if not self._writes:
             return
@@ -127,6 +112,27 @@ class Workdir:
         temporary = self.path / f"{_RUN_FILE}.tmp"
         temporary.write_text(json.dumps(self._run, indent=2) + "\n")
         os.replace(temporary, self.path / _RUN_FILE)
+
+
+def read_run(folder: Path) -> dict | None:
+    """Returns what run.json in a folder says, None if there is no such file.
+
+    Raises:
+      WorkdirError: if it cannot be read.
+    """
+    path = folder / _RUN_FILE
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_text())
+        if isinstance(run["starts"], list) and run["identity"].keys() >= _IDENTITY:
+            return run
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise WorkdirError(
+        f"{path} cannot be read, so it cannot be told which run this workdir holds; repair it or "
+        "choose another workdir"
+    )
 
 
 def _lock(folder: Path) -> TextIO:

@@ -5,6 +5,10 @@ import random
 from ml_collections import ConfigDict
 
 from configs import default
+from nsa_jax.training import checkpoint, workdir
+from nsa_jax.training.checkpoint import Checkpoints
+from nsa_jax.training.setup import prepare
+from nsa_jax.training.steps import TrainState
 
 
 def settings(**changes) -> ConfigDict:
@@ -57,3 +61,28 @@ def write_text(folder) -> None:
     for index in range(40):
         text = " ".join(generator.choices(words, k=30))
         (folder / f"{index:02}.txt").write_text(text)
+
+
+def write_run(folder, steps, **changes) -> TrainState:
+    """Writes a workdir with checkpoints of a model of text that has learned nothing.
+
+    Args:
+      folder: the workdir.
+      steps: of the checkpoints, which all hold the same.
+      **changes: as of `settings`.
+
+    Returns:
+      The state in the checkpoints.
+    """
+    config = settings(**{"data__name": "stdlib"} | changes)
+    setup = prepare(config)
+    state = setup.make_state()
+    identity = workdir.identity(config.to_dict(), "0" * 64, checkpoint.shapes(state.params))
+    place = workdir.Workdir(folder, identity)
+    place.record_start({"from_step": 0})
+    place.close()
+    checkpoints = Checkpoints(folder / "checkpoints", len(steps))
+    for step in steps:
+        checkpoints.save(step, state, identity)
+    checkpoints.close()
+    return state

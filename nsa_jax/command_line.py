@@ -1,0 +1,54 @@
+"""What the commands of this package share: how they start, and how they end with a sentence."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags
+
+
+class UsageError(Exception):
+    """The command line is wrong, for the reason given."""
+
+
+def run(
+    name: str,
+    description: str,
+    own_flags: Sequence[flags.FlagHolder],
+    parse: Callable[[list[str]], list[str]],
+    main: Callable[[list[str]], None],
+) -> None:
+    """Runs a command and exits.
+
+    Args:
+      name: of the console script, to begin its messages with.
+      description: the text of --help.
+      own_flags: what --help lists.
+      parse: parses the command line; raises UsageError on a mistake.
+      main: does the work; gets what `parse` returns.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by the shell
+            stream.reconfigure(errors="backslashreplace")  # a sample has any character
+    # When a console script is the main module, --help finds neither text nor flags by itself.
+    sys.modules["__main__"].__doc__ = description
+    for flag in own_flags:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
+    try:
+        app.run(main, flags_parser=parse)
+    except UsageError as error:
+        leave(name, str(error), 2)
+    except KeyboardInterrupt:
+        leave(name, "interrupted", 130)
+
+
+def check_no_words(arguments: list[str]) -> None:
+    """Raises UsageError if anything but the program's name is left of the command line."""
+    if arguments[1:]:
+        raise UsageError(f"what is {' '.join(arguments[1:])!r}? Flags are written --name=value.")
+
+
+def leave(name: str, message: str, status: int) -> NoReturn:
+    """Ends the process with a message of the command."""
+    print(f"{name}: {message}", file=sys.stderr)
+    sys.exit(status)
