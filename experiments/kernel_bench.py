@@ -110,19 +110,6 @@ def least_bytes(case: timing.Case, shapes: tuple, out) -> dict[str, int]:
     }
 
 
-def ceilings(repeats: int) -> dict[str, float]:
-    """The rate of a large matrix product and the bandwidth of a large copy, both measured."""
-    size = 8192 if jax.default_backend() == "gpu" else 512
-    a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
-    product = timing.measure(jax.jit(jnp.matmul), (a, b), repeats)
-    x = jax.random.bits(jax.random.key(0), (size, size, 4), jnp.uint32)
-    copy = timing.measure(jax.jit(jnp.copy), (x,), repeats)
-    return {
-        "matmul_tflops": 2 * size**3 / product.median / 1e9,
-        "copy_gb_s": 2 * x.nbytes / copy.median / 1e6,
-    }
-
-
 class Plan(NamedTuple):
     """One shape at one length: its cases, the shapes of their arguments, and all of it traced."""
 
@@ -207,7 +194,7 @@ def measure(plan: Plan, functions: dict, limits: dict, repeats: int):
     Args:
       plan: what to time.
       functions: of the plan, from `compile_plans`.
-      limits: from `ceilings`.
+      limits: from `timing.ceilings`.
       repeats: samples of each.
 
     Yields:
@@ -311,7 +298,7 @@ def summary(rows) -> dict:
         },
         "nsa_forward_and_backward_temporary_mib": {
             shape: {
-                row["length"]: _rounded(row.get("temporary_mib", row.get("reason")))
+                row["length"]: timing.rounded(row.get("temporary_mib", row.get("reason")))
                 for row in rows
                 if row["shape"] == shape and row["pass"] == "memory"
             }
@@ -322,7 +309,9 @@ def summary(rows) -> dict:
 
 def write(output: Path, rows, record: dict, implementation: str) -> None:
     """Writes the table, the record and, with matplotlib, the figure."""
-    cases = [{k: _rounded(v) for k, v in row.items()} for row in rows if row["pass"] != "memory"]
+    cases = [
+        {k: timing.rounded(v) for k, v in row.items()} for row in rows if row["pass"] != "memory"
+    ]
     output.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{output}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
@@ -332,10 +321,6 @@ def write(output: Path, rows, record: dict, implementation: str) -> None:
     Path(f"{output}.json").write_text(json.dumps(everything, indent=2) + "\n")
     if importlib.util.find_spec("matplotlib"):
         draw(cases, implementation, Path(f"{output}.png"))
-
-
-def _rounded(value):
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def draw(rows, implementation: str, path: Path) -> None:
@@ -423,9 +408,9 @@ def main(argv):
         raise SystemExit(str(error)) from None
     if _OUTPUT.value and importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed (pip install 'nsa-jax[plots]'): no figure will be drawn")
-    limits = ceilings(_REPEATS.value)
+    limits = timing.ceilings(_REPEATS.value)
     record = timing.hardware("experiments.kernel_bench")
-    rounded = {name: _rounded(value) for name, value in limits.items()}
+    rounded = {name: timing.rounded(value) for name, value in limits.items()}
     record |= {"implementation": implementation, "dtype": "bfloat16", "ceilings": rounded}
     print(", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
     head = f"{'shape':<10} {'length':>7} {'operation':<14} {'pass':<9}"

@@ -94,6 +94,28 @@ def _seconds(function, arguments, runs):
     return time.perf_counter() - start
 
 
+def ceilings(repeats: int) -> dict[str, float]:
+    """The rate of a large matrix product and the bandwidth of a large copy, both measured."""
+    size = 8192 if jax.default_backend() == "gpu" else 512
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+    product = measure(jax.jit(jnp.matmul), (a, b), repeats)
+    x = jax.random.bits(jax.random.key(0), (size, size, 4), jnp.uint32)
+    copy = measure(jax.jit(jnp.copy), (x,), repeats)
+    return {
+        "matmul_tflops": 2 * size**3 / product.median / 1e9,
+        "copy_gb_s": 2 * x.nbytes / copy.median / 1e6,
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five digits, those in dicts and lists too; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: rounded(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [rounded(x) for x in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def compiled(traced: dict[Any, Any]) -> dict[Any, Any]:
     """Lowers and compiles traced functions side by side.
 

@@ -1,0 +1,211 @@
+"""What decode_bench times and counts: the attention of one step over caches of random data.
+
+Nothing here reads flags.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import timing
+from nsa_jax import NSAConfig
+from nsa_jax.ops import branches, decode, dense, dispatch
+from nsa_jax.ops.compression import num_compressed_blocks
+from nsa_jax.typing import KeyValue
+from tests.arg_specs import ArgSpec
+
+#: Table 4 of the paper: tokens loaded by a step of NSA at each length. Full attention loads all.
+PAPER_TOKENS = {8192: 2048, 16384: 2560, 32768: 3584, 65536: 5632}
+
+NSA = "nsa"
+CACHES = ("compressed", "selected", "window")
+
+
+def cases(spec: ArgSpec, implementation: str) -> dict[str, timing.Case]:
+    """The steps that are timed, by name; their arguments are those of `inputs`.
+
+    nsa: the three branches, the choice of blocks and the gates. dense_cudnn and dense_jax: full
+    attention through jax.nn.dot_product_attention. dense_own: through the dense step of the
+    implementation that nsa has.
+    """
+    scale = spec.head_dim**-0.5
+
+    def nsa(q, gates, positions, *caches):
+        step = (q, q, *caches, gates, positions)
+        sizes = branches.selection_sizes(spec.nsa)
+        return dispatch.run("sparse_step", implementation, *step, scale=scale, **sizes)
+
+    def dense_own(q, positions, key_value):
+        return dispatch.run("dense_step", implementation, q, *key_value, positions, scale=scale)
+
+    def of_jax(name):
+        def run(q, positions, key_value):
+            at = {"q_positions": positions[:, None], "implementation": name}
+            return dense.dense_attention(q[:, None], *key_value, **at)[:, 0, :, : spec.v_head_dim]
+
+        return run
+
+    def case(function, *caches):
+        return timing.Case(function, ("q", *caches), 0)
+
+    return {
+        NSA: case(nsa, "gates", "positions", *CACHES),
+        "dense_own": case(dense_own, "positions", "selected"),
+        "dense_cudnn": case(of_jax("cudnn"), "positions", "padded"),
+        "dense_jax": case(of_jax("xla"), "positions", "padded"),
+    }
+
+
+def inputs(spec: ArgSpec, dtype=jnp.bfloat16) -> Callable[[], dict[str, Any]]:
+    """Returns a function, to be compiled, that makes a query at the end of full random caches.
+
+    "padded" is "selected" with values as wide as keys, which dot_product_attention wants.
+    """
+    nsa = spec.nsa
+    sizes = {"block_size": nsa.compress_block_size, "stride": nsa.compress_stride}
+    lengths = (num_compressed_blocks(spec.length, **sizes), spec.length, nsa.window_size)
+
+    def make():
+        keys = iter(jax.random.split(jax.random.key(0), 8))
+
+        def normal(*shape):
+            # Row by row: no single draw has more numbers than 32 bits can count.
+            rows = jax.random.split(next(keys), spec.batch)
+            return jax.lax.map(lambda key: jax.random.normal(key, shape, dtype), rows)
+
+        def key_value(length):
+            k = normal(length, spec.num_kv_heads, spec.head_dim)
+            return KeyValue(k, normal(length, spec.num_kv_heads, spec.v_head_dim))
+
+        arrays = dict(zip(CACHES, map(key_value, lengths), strict=True))
+        k, v = arrays["selected"]
+        wider = max(spec.head_dim - spec.v_head_dim, 0)
+        return arrays | {
+            "q": normal(spec.num_heads, spec.head_dim),
+            "gates": jax.nn.sigmoid(normal(spec.num_heads, 3)),
+            "positions": jnp.full(spec.batch, spec.length - 1, jnp.int32),
+            "padded": KeyValue(k, jnp.pad(v, [(0, 0)] * 3 + [(0, wider)])),
+        }
+
+    return make
+
+
+def loaded(spec: ArgSpec, blocks) -> float:
+    """The tokens that a step loads for a group, by what it selected, on average."""
+    positions = np.full(np.asarray(blocks).shape[:-1], spec.length - 1)
+    return float(np.mean(decode.tokens_loaded(np.asarray(blocks), positions, spec.nsa)))
+
+
+def least_bytes(spec: ArgSpec, tokens: float, itemsize: int) -> float:
+    """Keys and values of so many tokens a group, the queries and the outputs, each once."""
+    features = spec.head_dim + spec.v_head_dim
+    return spec.batch * (tokens * spec.num_kv_heads + spec.num_heads) * features * itemsize
+
+
+def table_4(implementation: str, nsa: NSAConfig | None = None) -> list[dict]:
+    """Runs a step at each length of the paper's Table 4 and counts what it loads.
+
+    The count depends on the geometry alone, so that zeros in one narrow head will do.
+    """
+    rows = []
+    for length, paper in PAPER_TOKENS.items():
+        spec = ArgSpec(1, length, 1, 1, 16, 16, nsa or NSAConfig())
+        step = cases(spec, implementation)[NSA]
+        shapes = jax.eval_shape(inputs(spec))
+        arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        arrays["positions"] += length - 1
+        _, blocks = jax.jit(step.function)(*(arrays[x] for x in step.arguments))
+        tokens = loaded(spec, blocks)
+        rows.append(
+            {
+                "length": length,
+                "tokens": tokens,
+                "ratio": length / tokens,
+                "paper_tokens": paper,
+                "paper_ratio": length / paper,
+            }
+        )
+    return rows
+
+
+def measure(
+    spec: ArgSpec, implementation: str, copy_gb_s: float, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Times each step of one shape, batch and length.
+
+    Args:
+      spec: its batch and length are those of the caches.
+      implementation: of nsa and dense_own.
+      copy_gb_s: from `timing.ceilings`.
+      repeats: samples of each.
+
+    Yields:
+      Rows with "operation", and "ms", "tokens" (loaded for a group), "gb_s" (of the bytes that must
+      be read) and "of_copy" (the same over copy_gb_s), or the "reason" why there are none.
+    """
+    steps, make = cases(spec, implementation), inputs(spec)
+    traced = {"inputs": timing.attempt(lambda: jax.jit(make).trace())}
+    shapes = jax.eval_shape(make)
+    for name, case in steps.items():
+        given = tuple(shapes[x] for x in case.arguments)
+        traced[name] = timing.attempt(lambda: timing.trace_forward(case, given))
+    functions = timing.compiled(traced)
+    if isinstance(functions["inputs"], str):
+        arrays = functions["inputs"]
+    else:
+        arrays = timing.attempt(lambda: jax.block_until_ready(functions["inputs"]()))
+    for name, case in steps.items():
+        result = _time(functions[name], case, arrays, repeats)
+        if isinstance(result, str):
+            yield {"operation": name, "reason": result}
+            continue
+        (milliseconds, *_), out = result
+        tokens = loaded(spec, out[1]) if name == NSA else spec.length
+        speed = least_bytes(spec, tokens, shapes["q"].dtype.itemsize) / milliseconds / 1e6
+        yield {
+            "operation": name,
+            "ms": milliseconds,
+            "tokens": tokens,
+            "gb_s": speed,
+            "of_copy": speed / copy_gb_s,
+        }
+
+
+def _time(function, case, arrays, repeats):
+    """The timing of a compiled step and what it returned, or the sentence of why there is none."""
+    for reason in (function, arrays):
+        if isinstance(reason, str):
+            return reason
+
+    def run():
+        arguments = tuple(arrays[x] for x in case.arguments)
+        return timing.measure(function, arguments, repeats), function(*arguments)
+
+    return timing.attempt(run)
+
+
+def speedups(rows) -> dict[str, dict[int, dict[int, float]]]:
+    """By shape, batch and length: the time of the fastest dense step over that of NSA."""
+    found = {}
+    for row in rows:
+        if row["operation"] != NSA or "ms" not in row:
+            continue
+        where = ("shape", "batch", "length")
+        beside = [
+            x["ms"]
+            for x in rows
+            if x["operation"] != NSA and "ms" in x and all(x[y] == row[y] for y in where)
+        ]
+        if beside:
+            batches = found.setdefault(row["shape"], {}).setdefault(row["batch"], {})
+            batches[row["length"]] = min(beside) / row["ms"]
+    return found
+
+
+def at(spec: ArgSpec, batch: int, length: int) -> ArgSpec:
+    """The shape with another batch and length."""
+    return dataclasses.replace(spec, batch=batch, length=length)
