@@ -40,8 +40,15 @@ def test_flax_nnx():
     assert any(bool((leaf != 0).any()) for leaf in leaves)
 
 
+def test_decoding():
+    names = run(BLOCKS[3])
+    assert names["logits"].shape == (2, 1, 256)
+    assert names["cache"][0].length.tolist() == [5, 3]
+    assert [len(row) for row in names["rows"]] == [8, 8]
+
+
 def test_nothing_else_is_shown():
-    assert len(BLOCKS) == 3, "each block of the README has its test here"
+    assert len(BLOCKS) == 4, "each block of the README has its test here"
     assert not re.search(r"\b(TODO|TBD|FIXME|MEASURED|TRAIN_TIME)\b", README)
 
 
