@@ -118,13 +118,21 @@ def dense_attention_cached(
     *,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T N V"], DenseCache]:
-    """As `sparse_attention_cached`, for full causal attention; see `nsa_jax.ops.dense`."""
+    """As `sparse_attention_cached`, for full causal attention; see `nsa_jax.ops.dense`.
+
+    Of one token, one `dense_step` where cuDNN is not asked for or cannot run.
+    """
     counts = cache.check_chunk(q, past, counts)
     now = cache.append_dense(past, new, counts)
-    positions = past.length[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
-    out = dense.dense_attention(
-        q, *now.tokens, q_positions=positions, implementation=implementation
-    )
+    features = max(x.shape[-1] for x in (q, *now.tokens))
+    name = dense.resolve(implementation, q.dtype, features)
+    if q.shape[1] == 1 and name == "xla":
+        step = (q[:, 0], *now.tokens, past.length)
+        out = dispatch.run("dense_step", implementation, *step, scale=q.shape[-1] ** -0.5)[:, None]
+    else:
+        positions = past.length[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
+        at = {"q_positions": positions, "implementation": implementation}
+        out = dense.dense_attention(q, *now.tokens, **at)
     lost = cache.overflowed(past, counts, q.shape[1])
     return jnp.where(lost[..., None, None], jnp.nan, out), now
 
