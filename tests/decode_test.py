@@ -91,59 +91,6 @@ def splits():
     yield [(1, np.array([1, 1, 1]))] * LONGEST
 
 
-def parameters(module, x):
-    """Random ones, without compiling what would initialise them; none is zero."""
-    random = np.random.default_rng(0)
-
-    def draw(shape):
-        x = 0.2 * random.standard_normal(shape.shape, np.float32)
-        return x + (len(shape.shape) == 1)  # scales and biases
-
-    return jax.tree.map(draw, jax.eval_shape(module.init, jax.random.key(0), x)["params"])
-
-
-def in_chunks(layer, params, x, chunks):
-    """Feeds the rows of x in chunks of so many tokens: pairs of a shape and of counts [B].
-
-    Returns the outputs and the selected blocks at the positions of x; NaN and -9 past a row's end.
-    """
-    batch, capacity = x.shape[:2]
-    cache = layer.init_cache(batch, capacity)
-    outputs = np.full(x.shape, np.nan, np.float32)
-    blocks = np.full((batch, capacity, 2, NSA.num_selected_blocks), -9)
-    at = np.zeros(batch, int)
-    for size, counts in chunks:
-        counts = np.minimum(np.minimum(counts, size), LENGTHS - at)
-        places = [(row, slice(at[row], at[row] + counts[row])) for row in range(batch)]
-        chunk = np.full((batch, size, x.shape[2]), 3.0, np.float32)  # what does not count
-        for row, place in places:
-            chunk[row, : counts[row]] = x[row, place]
-        (out, cache), state = extend(layer, params, chunk, cache, jnp.asarray(counts, jnp.int32))
-        assert bool(jnp.isfinite(out).all())
-        chosen = state.get("intermediates", {}).get("block_indices")
-        for row, place in places:
-            outputs[row, place] = out[row, : counts[row]]
-            if chosen:
-                blocks[row, place] = chosen[0][row, : counts[row]]
-        at += counts
-    np.testing.assert_array_equal(at, LENGTHS)
-    np.testing.assert_array_equal(cache.length, LENGTHS)
-    return outputs, blocks
-
-
-def splits():
-    """Ways to cut the rows: all at once, at random, with single steps in between, steps alone."""
-    random = np.random.default_rng(0)
-    yield [(LONGEST, LENGTHS)]
-    yield [(19, random.integers(0, 20, 3)) for _ in range(10)] + [(LONGEST, LENGTHS)]
-    yield (
-        [(19, np.array([19, 3, 0]))]
-        + [(1, random.integers(0, 2, 3)) for _ in range(40)]
-        + [(LONGEST, LENGTHS)]
-    )
-    yield [(1, np.array([1, 1, 1]))] * LONGEST
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_position_is_that_of_training(name):
     layer = LAYERS[name]
