@@ -10,6 +10,7 @@ import pytest
 
 from nsa_jax import DenseAttention, NativeSparseAttention, NSAConfig
 from nsa_jax.model import Transformer, TransformerConfig
+from nsa_jax.ops import dispatch, xla
 
 NSA = NSAConfig(8, 4, 16, 4, window_size=24)
 SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "v_head_dim": 12}
@@ -150,14 +151,48 @@ def test_a_cache_of_the_computations_dtype():
     assert cache[0].selected.k.shape == (3, 20, 1, 8)
 
 
-@pytest.mark.parametrize("name", ["rotated_after", "dense"])
-def test_a_token_that_finds_no_place_is_nan(name):
-    layer, x = LAYERS[name], jnp.ones((2, 3, 32))
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+def test_tokens_that_find_no_place_are_nan_and_harm_no_other(attention):
+    model = Transformer(dataclasses.replace(MODEL, attention=attention))
+    tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 50)
+    params = {"params": parameters(model, tokens)}
+    apply = jax.jit(model.apply)
+    cache = model.init_cache(2, 9)
+    counts = [jnp.array([6, 5]), jnp.array([6, 1])]
+    _, cache = apply(params, tokens[:, :6], cache=cache, counts=counts[0])
+    np.testing.assert_array_equal(cache[1].length, [6, 5])
+    logits, cache = apply(params, tokens[:, 6:], cache=cache, counts=counts[1])
+    lost = np.isnan(logits).any(axis=-1)
+    np.testing.assert_array_equal(lost, [[0, 0, 0, 1, 1, 1], [0] * 6])
+    whole = apply(params, tokens)
+    np.testing.assert_allclose(logits[0, :3], whole[0, 6:9], atol=1e-5)
+    np.testing.assert_array_equal(cache[1].length, [9, 6])
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(cache))
+
+
+def test_kernels_are_shown_no_query_behind_the_last_key(monkeypatch):
+    """What does not count may lie beyond the cache, where a kernel would read other memory."""
+    layer, x = sparse(), jnp.ones((2, 6, 32))
     params = parameters(layer, x)
-    cache = layer.init_cache(2, 5)
-    (_, cache), _ = extend(layer, params, x, cache, jnp.array([3, 1]))
-    (out, _), _ = extend(layer, params, x, cache, jnp.array([3, 3]))
-    np.testing.assert_array_equal(jnp.isnan(out).any(axis=-1), [[0, 0, 1], [0, 0, 0]])
+    cache = layer.init_cache(2, 9)._replace(length=jnp.array([6, 5]))
+
+    @jax.jit
+    def largest(params, x, cache):
+        found = []
+
+        def run(operation, implementation, *arguments, **keywords):
+            last = {"interval_attention": 4, "select_blocks": 3, "selected_attention": 4}[operation]
+            found.append((arguments[1].shape[1], arguments[last].max()))
+            return getattr(xla, operation)(*arguments, **keywords)
+
+        monkeypatch.setattr(dispatch, "run", run)
+        layer.apply({"params": params}, x, cache=cache, counts=jnp.array([3, 1]))
+        return found
+
+    (entries, hi), (_, position), (_, selected), (window, hi_window) = largest(params, x, cache)
+    assert hi <= entries == 1
+    assert position == selected == 8
+    assert hi_window <= window
 
 
 @pytest.mark.parametrize("name", ["rotated_after", "dense"])

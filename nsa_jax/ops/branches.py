@@ -5,9 +5,9 @@ kernel operation. Every function here takes:
 
     scale             a Python number that multiplies the scores; 1 / sqrt(H) by default
     q_positions       int32 [B, T], the position of each query among the keys; 0, 1, ... by default,
-                      which is right where queries and keys are of the same tokens. They rise by one
-                      along a row; a chunk of queries over the keys of all tokens so far starts at
-                      its offset.
+                      which is right where queries and keys are of the same tokens. They do not
+                      decrease along a row, and none is behind the last token; a chunk of queries
+                      over the keys of all tokens so far starts at its offset.
     document_starts   int32 [B, T], for rows that hold several documents: the position at which the
                       query's document begins, a multiple of select_block_size; 0 by default
     implementation    see `nsa_jax.ops.dispatch`

@@ -129,8 +129,23 @@ def check_chunk(
     return counts.astype(jnp.int32)
 
 
+def complete_blocks(length: Int[Array, "*rows"], config: NSAConfig) -> Int[Array, "*rows"]:
+    """The compressed blocks that so many tokens complete."""
+    blocks = (length - config.compress_block_size) // config.compress_stride + 1
+    return jnp.maximum(blocks, 0)
+
+
+def kept_and_lost(
+    cache: SparseCache | DenseCache, counts: Int[Array, " B"], num_tokens: int
+) -> tuple[Int[Array, " B"], Bool[Array, "B T"]]:
+    """How many of the counted tokens of a chunk of T have a place, and which of them have none."""
+    kept = jnp.minimum(counts, cache.capacity - cache.length)
+    index = _range(num_tokens)
+    return kept, (index >= kept[:, None]) & (index < counts[:, None])
+
+
 def append_dense(cache: DenseCache, new: KeyValue, counts: Int[Array, " B"]) -> DenseCache:
-    """The cache with the first counts[b] tokens of each row of `new` behind its own."""
+    """The cache with the first counts[b] tokens of each row of `new`, for which there is room."""
     tokens = _append(cache.tokens, new, cache.length, counts)
     return DenseCache(cache.length + counts, tokens)
 
@@ -153,11 +168,11 @@ def append_sparse(
         not complete are dropped.
       selected: the chunk's tokens for the selected branch.
       window: likewise for the window.
-      counts: int32, at most T.
+      counts: int32, at most T and what there is room for.
       config: gives l and d.
     """
     length = cache.length + counts
-    index = _complete(cache.length, config)[:, None] + _range(entries[0].shape[1])
+    index = complete_blocks(cache.length, config)[:, None] + _range(entries[0].shape[1])
     complete = index * config.compress_stride + config.compress_block_size <= length[:, None]
     return SparseCache(
         length=length,
@@ -190,7 +205,7 @@ def completing(
     """
     block_size, stride = config.compress_block_size, config.compress_stride
     num_tokens = recent[0].shape[1]
-    first = _complete(cache.length, config) * stride
+    first = complete_blocks(cache.length, config) * stride
     needed = _range((-(-num_tokens // stride) - 1) * stride + block_size)
     positions = first[:, None] + needed
     at = jnp.minimum(positions - (cache.length - block_size)[:, None], block_size + num_tokens - 1)
@@ -233,10 +248,9 @@ def _push(ring: KeyValue, new: KeyValue, length, counts) -> KeyValue:
 
 
 def _put(x: Float[Array, "B S K H"], rows: Float[Array, "B T K H"], index, kept) -> Array:
-    """Writes the rows that are kept to their places index [B, T], where there is such a place."""
-    size = x.shape[1]
+    """Writes the rows that are kept to their places index [B, T]."""
     # Out-of-range places are distinct as well, as unique_indices promises of them all.
-    index = jnp.where(kept & (index < size), index, size + _range(rows.shape[1]))
+    index = jnp.where(kept, index, x.shape[1] + _range(rows.shape[1]))
     write = jax.vmap(lambda x, i, rows: x.at[i].set(rows, mode="drop", unique_indices=True))
     return write(x, index, rows.astype(x.dtype))
 
@@ -245,19 +259,5 @@ def _take(x: Float[Array, "B S K H"], index: Int[Array, "B T"]) -> Float[Array, 
     return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x, index)
 
 
-def _complete(length: Int[Array, " B"], config: NSAConfig) -> Int[Array, " B"]:
-    """Blocks that so many tokens complete."""
-    blocks = (length - config.compress_block_size) // config.compress_stride + 1
-    return jnp.maximum(blocks, 0)
-
-
 def _range(size: int) -> Int[Array, " size"]:
     return jnp.arange(size, dtype=jnp.int32)
-
-
-def overflowed(
-    cache: SparseCache | DenseCache, counts: Int[Array, " B"], num_tokens: int
-) -> Bool[Array, "B T"]:
-    """Which counted tokens of a chunk of T find no place behind those of the cache."""
-    index = _range(num_tokens)
-    return (index < counts[:, None]) & (cache.length[:, None] + index >= cache.capacity)

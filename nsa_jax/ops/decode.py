@@ -61,8 +61,10 @@ def sparse_attention_cached(
       UnsupportedError: if the implementation asked for by name cannot run this call.
     """
     dispatch.check_name(implementation)
-    counts, num_tokens = cache.check_chunk(q, past, counts), q.shape[1]
-    q_compressed = q if q_compressed is None else q_compressed
+    num_tokens, q_compressed = q.shape[1], q if q_compressed is None else q_compressed
+    counts = cache.check_chunk(q, past, counts)
+    counts, lost = cache.kept_and_lost(past, counts, num_tokens)
+    q_positions = _positions(past, num_tokens)
     tokens, positions = cache.completing(past, recent, config)
     entries = compress(*tokens, positions)
     now = cache.append_sparse(past, recent, entries, selected, window, counts, config)
@@ -71,37 +73,47 @@ def sparse_attention_cached(
             "sparse_step",
             implementation,
             *(q[:, 0], q_compressed[:, 0]),
-            *(now.compressed, now.selected, now.window, gates[:, 0], past.length),
+            *(now.compressed, now.selected, now.window, gates[:, 0], q_positions[:, 0]),
             scale=q.shape[-1] ** -0.5,
             **branches.selection_sizes(config),
         )
         out, blocks = out[:, None], blocks[:, None]
     else:
+        # From the second layer of a model on, a token without a place is NaN: nobody may read it.
+        window = KeyValue(*(jnp.where(lost[..., None, None], 0, x) for x in window))
         window = cache.follow(past.window, window, past.length)
         out, blocks = _chunk(
-            *(q, q_compressed, now, window, gates, past.length),
+            *(q, q_compressed, now, window, gates, q_positions, past.length),
             config=config,
             implementation=implementation,
         )
-    lost = cache.overflowed(past, counts, num_tokens)
     return jnp.where(lost[..., None, None], jnp.nan, out), blocks, now
 
 
-def _chunk(q, q_compressed, now, window, gates, length, *, config, implementation):
+def _positions(past: SparseCache | DenseCache, num_tokens: int) -> Int[Array, "B T"]:
+    """Of a chunk's queries. Those that do not count or have no place stay within the cache.
+
+    Kernels that never meet a query behind the last key need not guard against one.
+    """
+    index = jnp.arange(num_tokens, dtype=jnp.int32)
+    return jnp.minimum(past.length[:, None] + index, past.capacity - 1)
+
+
+def _chunk(q, q_compressed, now, window, gates, q_positions, length, *, config, implementation):
     """The three branches over the cache, the window's keys being the last w and the chunk's."""
     where = {"config": config, "implementation": implementation}
-    index = jnp.arange(q.shape[1], dtype=jnp.int32)
-    at = {"q_positions": length[:, None] + index}
+    at = {"q_positions": q_positions}
     out_compressed, lse = branches.compressed_attention(
         q_compressed, *now.compressed, **at, **where
     )
     blocks = branches.select_blocks(q_compressed, now.compressed[0], lse, **at, **where)
     out_selected, _ = branches.selected_attention(q, *now.selected, blocks, **at, **where)
+    index = config.window_size + jnp.arange(q.shape[1], dtype=jnp.int32)
     first = jnp.maximum(config.window_size - length, 0)[:, None]  # where there are tokens
     out_window, _ = branches.sliding_window_attention(
         *(q, *window),
-        q_positions=jnp.broadcast_to(config.window_size + index, at["q_positions"].shape),
-        document_starts=jnp.broadcast_to(first, at["q_positions"].shape),
+        q_positions=jnp.broadcast_to(index, q_positions.shape),
+        document_starts=jnp.broadcast_to(first, q_positions.shape),
         **where,
     )
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -123,17 +135,17 @@ def dense_attention_cached(
     Of one token, one `dense_step` where cuDNN is not asked for or cannot run.
     """
     counts = cache.check_chunk(q, past, counts)
+    counts, lost = cache.kept_and_lost(past, counts, q.shape[1])
     now = cache.append_dense(past, new, counts)
+    q_positions = _positions(past, q.shape[1])
     features = max(x.shape[-1] for x in (q, *now.tokens))
     name = dense.resolve(implementation, q.dtype, features)
     if q.shape[1] == 1 and name == "xla":
-        step = (q[:, 0], *now.tokens, past.length)
+        step = (q[:, 0], *now.tokens, q_positions[:, 0])
         out = dispatch.run("dense_step", implementation, *step, scale=q.shape[-1] ** -0.5)[:, None]
     else:
-        positions = past.length[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
-        at = {"q_positions": positions, "implementation": implementation}
+        at = {"q_positions": q_positions, "implementation": implementation}
         out = dense.dense_attention(q, *now.tokens, **at)
-    lost = cache.overflowed(past, counts, q.shape[1])
     return jnp.where(lost[..., None, None], jnp.nan, out), now
 
 
@@ -147,6 +159,7 @@ def tokens_loaded(
       positions: of the queries.
       config: the geometry.
     """
-    complete = (positions + 1 - config.compress_block_size) // config.compress_stride + 1
+    length = positions + 1
     selected = (block_indices >= 0).sum(axis=-1) * config.select_block_size
-    return jnp.maximum(complete, 0) + selected + jnp.minimum(positions + 1, config.window_size)
+    complete = cache.complete_blocks(length, config)
+    return complete + selected + jnp.minimum(length, config.window_size)

@@ -78,15 +78,15 @@ def test_an_entry_appears_when_its_block_completes(nsa, size):
     assert blocks == len(expected)
 
 
-def test_what_finds_no_place_is_not_kept():
-    full = append(empty(), CAPACITY, [CAPACITY, 3])
-    cache = append(full, 4, [4, 4])
-    np.testing.assert_array_equal(cache.selected.k[0], full.selected.k[0])
-    np.testing.assert_array_equal(cache.compressed.k[0], full.compressed.k[0])
-    np.testing.assert_array_equal(cache.length, [20, 7])
-    nearly = full._replace(length=full.length - 2)
-    lost = cache_lib.overflowed(nearly, jnp.array([3, 4]), 4)
+def test_what_finds_no_place_is_lost():
+    cache = empty()._replace(length=jnp.array([14, 3]))
+    kept, lost = cache_lib.kept_and_lost(cache, jnp.array([3, 2]), 4)
+    np.testing.assert_array_equal(kept, [2, 2])
     np.testing.assert_array_equal(lost, [[False, False, True, False], [False] * 4])
+    full = cache._replace(length=jnp.array([16, 16]))
+    kept, lost = cache_lib.kept_and_lost(full, jnp.array([2, 0]), 2)
+    np.testing.assert_array_equal(kept, [0, 0])
+    np.testing.assert_array_equal(lost, [[True, True], [False, False]])
 
 
 def test_sizes_at_64k_are_little_more_than_those_of_a_grouped_query_cache():
