@@ -132,11 +132,13 @@ def draw(
     Returns:
       int32 token ids.
     """
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-    order = jnp.argsort(scaled, axis=-1, stable=True, descending=True)  # the lower of equals first
-    scaled = jnp.take_along_axis(scaled, order, axis=-1)
+    order = jnp.argsort(logits, axis=-1, stable=True, descending=True)  # the lower of equals first
+    logits = jnp.take_along_axis(logits, order, axis=-1)
     rank = jnp.arange(logits.shape[-1])
-    scaled = jnp.where((top_k == 0) | (rank < top_k), scaled, -jnp.inf)
+    kept = (logits > -jnp.inf) & ((top_k == 0) | (rank < top_k))
+    # Counted from the largest one, a logit over the smallest temperature is no positive infinity.
+    scaled = (logits - logits[:, :1]) / jnp.where(temperature > 0, temperature, 1.0)
+    scaled = jnp.where(kept, scaled, -jnp.inf)
     p = jax.nn.softmax(scaled, axis=-1)
     more_probable = jnp.cumsum(p, axis=-1) - p
     # Rounding may leave the sum below 1: a top_p of 1 cuts nothing.
@@ -193,6 +195,7 @@ def stream(
         the cache together with the new tokens.
     """
     check_integer("max_new_tokens", max_new_tokens, 0)
+    check_integer("chunk_size", chunk_size, 1)
     check_integer("seed", seed, 0)
     if seed >= 2**31:
         raise ValueError(f"seed={seed} must be below 2**31")
@@ -209,7 +212,9 @@ def stream(
     model, params = unrolled(model, jax.tree.map(jnp.asarray, params))
     cache = model.init_cache(max(len(prompts), 1), capacity)
     _check_prompts(prompts, vocab_size, cache, max_new_tokens)
-    settings = (allowed, seed, dataclasses.astuple(sampling or Sampling()))
+    sampling = sampling or Sampling()
+    top_k = min(sampling.top_k, vocab_size)
+    settings = (allowed, seed, (sampling.temperature, top_k, sampling.top_p))
     return _steps(model, params, prompts, cache, settings, max_new_tokens, stop, chunk_size)
 
 
@@ -245,7 +250,7 @@ def generate(
 
 def _check_prompts(prompts, vocab_size, cache, max_new_tokens):
     """Raises ValueError unless the prompts are tokens that the cache has room for."""
-    if not prompts:
+    if not len(prompts):
         raise ValueError("there must be a prompt at least")
     capacity, held = cache[0].capacity, np.asarray(cache[0].length)
     if len(held) != len(prompts):
@@ -265,6 +270,7 @@ def _ids(tokens, vocab_size, name) -> list[int]:
     """The ids as a list; raises ValueError if one of them is no token."""
     ids = list(tokens)
     for token in ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"{name}: token {token!r} must be from 0 to {vocab_size - 1}")
-    return ids
+        if not hasattr(token, "__index__") or not 0 <= token < vocab_size:
+            allowed = f"an integer from 0 to {vocab_size - 1}"
+            raise ValueError(f"{name}: token {token!r} must be {allowed}")
+    return list(map(int, ids))

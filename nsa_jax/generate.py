@@ -4,11 +4,12 @@ r"""Text from a trained model, as it is drawn.
 
 `python -m nsa_jax.generate` is the same. Reads the newest checkpoint of the workdir and changes
 nothing there. The same command gives the same text. Exit status: 0 done, 1 there is no model to
-use, 2 the command line is wrong, 130 stopped by Ctrl-C.
+use or the text cannot be written, 2 the command line is wrong, 130 stopped by Ctrl-C.
 """
 
 import codecs
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -93,7 +94,11 @@ def _main(_: list[str]) -> None:
         stop=stop,
         capacity=capacity,
     )
-    _show(prompt, steps, sampling.shown)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the text may have read enough
+    try:
+        _show(prompt, steps, sampling.shown)
+    except OSError as error:
+        command_line.leave(_NAME, f"the text cannot be written: {error.strerror}", 1)
 
 
 def _prompt() -> bytes:
@@ -141,10 +146,11 @@ def _capacity(run, prompt_bytes: int) -> int:
 def _show(prompt: bytes, steps, shown) -> None:
     """Writes prompt and text, as far as they are characters already."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by the shell
 
     def write(data: bytes, final: bool = False) -> None:
         text = decoder.decode(data, final)
-        print(shown(text) if sys.stdout.isatty() else text, end="", flush=True)
+        print(shown(text) if on_terminal else text, end="", flush=True)
 
     write(prompt)
     for step in steps:

@@ -61,6 +61,16 @@ def test_ties_go_to_the_lower_token():
     assert draws([-np.inf, 0, 0, -np.inf], 200)[[0, 3]].sum() == 0
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-38, 1e-20, 1e38, 1e39])
+def test_no_temperature_is_too_far_out(temperature):
+    shares = draws([0, 5, 2, -np.inf], 200, temperature)
+    assert shares[3] == 0
+    if temperature < 1:
+        assert shares[1] == 1
+    else:
+        np.testing.assert_allclose(shares[:3], 1 / 3, atol=0.15)  # 4.5 standard deviations
+
+
 def whole(params, sequences):
     """Logits of all positions at once, of the training forward pass."""
     tokens = np.zeros((len(sequences), 49), np.int32)
@@ -108,6 +118,7 @@ def run(params, prompts=PROMPTS, **keywords):
 def test_what_is_drawn_is_a_function_of_the_seed(params):
     first, again, other = (run(params, seed=seed) for seed in (5, 5, 6))
     assert first == again
+    assert first == run(params, seed=5, sampling=Sampling(top_k=2**40)), "more than there are: all"
     assert first != other
     # A row goes on where it was cut, with the same tokens.
     longer = [[*prompt, *row[:2]] for prompt, row in zip(PROMPTS, first, strict=True)]
@@ -151,7 +162,9 @@ def test_nothing_new_is_nothing(params):
     [
         ({"prompts": []}, "there must be a prompt"),
         ({"prompts": [b"a", b""]}, "prompt 1 is empty"),
-        ({"prompts": [[3, 257]]}, "prompt 0: token 257 must be from 0 to 256"),
+        ({"prompts": [[3, 257]]}, "prompt 0: token 257 must be an integer from 0 to 256"),
+        ({"prompts": ["text"]}, "prompt 0: token 't' must be an integer"),
+        ({"prompts": [[1.5]]}, "prompt 0: token 1.5 must be an integer"),
         (
             {"prompts": [b"a", b"x" * 59]},
             "prompt 1 of 59 tokens and 6 new ones do not fit into a cache of 64",
@@ -161,8 +174,9 @@ def test_nothing_new_is_nothing(params):
         ({"seed": 0.5}, "seed=0.5 must be an integer"),
         ({"seed": 2**31}, "seed=2147483648 must be below"),
         ({"stop": [b""]}, "stop must not have an empty sequence"),
-        ({"forbidden": [-1]}, "forbidden: token -1 must be from 0"),
+        ({"forbidden": [-1]}, "forbidden: token -1 must be an integer from 0"),
         ({"forbidden": range(257)}, "forbidden leaves no token"),
+        ({"chunk_size": 0}, "chunk_size=0 must be at least 1"),
         ({"capacity": 0}, "capacity=0 must be at least 1"),
     ],
 )
