@@ -1,6 +1,7 @@
 """The cache by hand: what lies where, when a compressed entry appears, how much memory it takes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +28,29 @@ def numbers(x):
 
 def tokens(start, size):
     """Tokens that hold their position + 1, so that 0 is what nobody has written."""
-    values = jnp.arange(start, start + size, dtype=jnp.float32) + 1
-    x = jnp.broadcast_to(values[:, None, None], (2, size, 1, 1))
+    values = np.arange(start, start + size, dtype=np.float32) + 1
+    x = np.broadcast_to(values[:, None, None], (2, size, 1, 1))
     return KeyValue(x, -x)
 
 
 def append(cache, size, counts, nsa=NSA):
     """Appends what stands at the first row's positions; an entry is the sum of its block."""
-    new = tokens(int(cache.length[0]), size)
+    now, positions = compiled_append(
+        cache, tokens(int(cache.length[0]), size), jnp.array(counts), nsa
+    )
+    np.testing.assert_array_equal(np.diff(positions), 1)
+    return now
+
+
+@functools.partial(jax.jit, static_argnames="nsa")
+def compiled_append(cache, new, counts, nsa):
     (k, v), positions = cache_lib.completing(cache, new, nsa)
     l, d = nsa.compress_block_size, nsa.compress_stride  # noqa: E741
-    np.testing.assert_array_equal(jnp.diff(positions), 1)
     starts = range(0, k.shape[1] - l + 1, d)
     entries = KeyValue(
         *(jnp.stack([x[:, i : i + l].sum(axis=1) for i in starts], axis=1) for x in (k, v))
     )
-    return cache_lib.append_sparse(cache, new, entries, new, new, jnp.array(counts), nsa)
+    return cache_lib.append_sparse(cache, new, entries, new, new, counts, nsa), positions
 
 
 def test_each_token_lies_where_its_branch_looks_for_it():
