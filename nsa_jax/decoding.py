@@ -184,6 +184,7 @@ def stream(
       seed: of what is drawn. The token at a position of a row depends on it, on the row's number
         and on the position, not on where the prompt ends.
       capacity: tokens of a row that the caches have room for; by default as many as are needed.
+        Each capacity has programs of its own to compile: over many calls, give one.
       chunk_size: tokens of a prompt that are computed together.
 
     Returns:

@@ -120,6 +120,8 @@ def test_what_is_drawn_is_a_function_of_the_seed(params):
     assert first == again
     assert first == run(params, seed=5, sampling=Sampling(top_k=2**40)), "more than there are: all"
     assert first != other
+    same = run(params, [b"a"] * 3, seed=5)
+    assert len(set(map(tuple, same))) == 3, "rows of one prompt have streams of their own"
     # A row goes on where it was cut, with the same tokens.
     longer = [[*prompt, *row[:2]] for prompt, row in zip(PROMPTS, first, strict=True)]
     assert run(params, longer, seed=5, max_new_tokens=4) == [row[2:] for row in first]

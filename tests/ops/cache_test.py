@@ -68,6 +68,22 @@ def test_each_token_lies_where_its_branch_looks_for_it():
     np.testing.assert_array_equal(numbers(cache.recent), [9, 6, 7, 8])
 
 
+def test_no_place_is_written_twice(monkeypatch):
+    """As unique_indices promises; on a CPU the last write would win, and no content tell."""
+    original, written = cache_lib._put, []
+
+    def put(x, rows, index, kept):
+        written.append(
+            [list(np.asarray(i)[np.asarray(k)]) for i, k in zip(index, kept, strict=True)]
+        )
+        return original(x, rows, index, kept)
+
+    monkeypatch.setattr(cache_lib, "_put", put)
+    window = tokens(0, 13)
+    cache_lib._push(empty().window, window, jnp.array([0, 4]), jnp.array([13, 3]))
+    assert written[0] == [[3, 4, 0, 1, 2], [4, 0, 1]]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 16])
 @pytest.mark.parametrize(
     "nsa",
