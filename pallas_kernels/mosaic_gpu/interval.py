@@ -60,6 +60,9 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, 
     While one makes a softmax, the other one issues the product with its values and, right behind
     it, the next product of queries and keys. Each program has several pairs of tiles, so that the
     keys and queries of the next one come while the results of this one leave.
+
+    Every walk has a step: the second warpgroup ends its walk with a turn that the first one gives
+    in its next walk, for which it must not need queries in a slot that the second one still has.
     """
     q_smem, k_smem, v_smem, out_smem, *barriers = scratch
     q_there, k_there, v_there, q_free, k_free, v_free, turn = barriers
@@ -190,7 +193,7 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
         padded_q,
         walks.padded_keys(k),
         walks.padded_keys(walks.keep_seen(v, lo, hi)),
-        walks.over_keys(lo, hi, num_keys, group, tiles, cut.keys),
+        walks.over_keys(lo, hi, num_keys, group, tiles, cut.keys, least=1),
         *walks.intervals_of_rows(lo, hi, num_keys, group, tiles),
         out_type=(
             jax.ShapeDtypeStruct((*padded_q.shape[:4], v_head_dim), q.dtype),

@@ -31,9 +31,9 @@ class Walk(NamedTuple):
     whole: jax.Array
 
     @classmethod
-    def make(cls, first, end, whole_first, whole_end, size=1):
+    def make(cls, first, end, whole_first, whole_end, size=1, least=0):
         """int32 [..., 4]: [first, end) in steps of a size, and which lie in the whole range."""
-        steps = pl.cdiv(jnp.maximum(end - first, 0), size)
+        steps = jnp.maximum(pl.cdiv(jnp.maximum(end - first, 0), size), least)
         head = jnp.minimum(pl.cdiv(jnp.maximum(whole_first - first, 0), size), steps)
         whole = jnp.maximum(jnp.minimum(whole_end, end) - first, 0) // size - head
         walk = jnp.broadcast_arrays(first, steps, head, jnp.maximum(whole, 0))
@@ -61,17 +61,19 @@ class Walk(NamedTuple):
         return jax.lax.fori_loop(self.whole, self.steps, masked, state)
 
 
-def over_keys(lo, hi, num_keys, group, tiles, size):
+def over_keys(lo, hi, num_keys, group, tiles, size, least=0):
     """Of each pair of tiles of rows, its walk over the keys: int32 [B, pairs, 4].
 
     lo and hi do not decrease: the first and the last query bound what any and what all rows see.
+    A walk has `least` steps or more, if need be over keys that no row sees.
     """
     queries = rows.queries_per_tile(group) * COMPUTE
     first_query = jnp.arange(tiles // COMPUTE) * queries
     last_query = jnp.minimum(first_query + queries, lo.shape[1]) - 1
     hi = jnp.minimum(hi, num_keys)
-    first = jnp.maximum(lo[:, first_query], 0) // TILE_ROWS * TILE_ROWS
-    return Walk.make(first, hi[:, last_query], lo[:, last_query], hi[:, first_query], size)
+    first = jnp.clip(lo[:, first_query], 0, num_keys - 1) // TILE_ROWS * TILE_ROWS
+    whole = lo[:, last_query], hi[:, first_query]
+    return Walk.make(first, hi[:, last_query], *whole, size, least)
 
 
 def over_rows(lo, hi, num_keys, group, tiles, size, splits):

@@ -124,6 +124,12 @@ def test_reads_nothing_that_no_query_may_see():
     assert_agrees(poisoned, lo, hi, clean=(q, k, v))
 
 
+def test_tiles_that_see_nothing():
+    """A program whose later tiles are empty, as the first of compressed blocks are, must not hang."""
+    hi = jnp.maximum(jnp.arange(18, dtype=jnp.int32) - 12, 0)[None]
+    assert_agrees(random_arrays(1, 18, 20, 1, 64, 64, 64), jnp.zeros_like(hi), hi)
+
+
 def test_one_pair_of_tiles_at_a_time():
     """As where there is no room for the next queries beside these."""
     lo, hi = rising_intervals(20, 40, 2)
