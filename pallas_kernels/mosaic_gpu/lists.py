@@ -43,7 +43,7 @@ def unions(block_indices, q_positions, *, queries: int, block_size: int, num_key
     Args:
       block_indices: int32 [B, T, K, M], distinct within a row, -1 for none.
       q_positions: int32 [B, T].
-      queries: of a tile, a power of two, at most 16.
+      queries: of a tile, at most 31.
       block_size: l'.
       num_keys: S; blocks that begin beyond it are none.
     """

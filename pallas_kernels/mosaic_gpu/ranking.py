@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic_gpu.common import ROWS, TILE, TILE_ROWS, by_column, full
 
 LANES = 32
-PASS = 1024  # scores that a pass over them takes at a time
+PASS = 2048  # scores that a pass over them takes at a time
 ROUNDS = 4  # of bisection between two looks at whether every query is done
 INFINITY = 0x7F800000  # the bits of float32's infinity
 FOUR_TIMES = 2 << 23  # what multiplies a float32 by 4, added to its bits

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lists import inverted_index
-from pallas_kernels.mosaic_gpu import launch, lists, selected_backward
+from pallas_kernels.mosaic_gpu import launch, lists, selected_backward, tuning
 from pallas_kernels.mosaic_gpu.common import LOG2E, ROWS, TILE_ROWS
 from pallas_kernels.mosaic_gpu.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
 from pallas_kernels.mosaic_gpu.selected_forward import forward
-from pallas_kernels.mosaic_gpu.selected_walk import COMPUTE
 
 #: Queries of a block that one program takes for dk and dv.
 ITEM_QUERIES = 1024
@@ -46,19 +45,20 @@ def _padded_keys(x):
     return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
 
 
-def _tiles(q, k, block_indices, q_positions, block_size):
-    """What both walks over tiles of queries need: unions, and the position of each row's query."""
+def _tiles(kernel, q, k, v, block_indices, q_positions, block_size):
+    """What a walk over tiles of queries needs: unions, and the position of each row's query."""
     heads = _heads(q.shape[2] // k.shape[2])
-    queries = COMPUTE * ROWS // heads
+    computing = tuning.computing(kernel, q.shape[3], v.shape[3])
+    queries = computing * ROWS // heads
     unions = lists.unions(
         *(block_indices, q_positions), queries=queries, block_size=block_size, num_keys=k.shape[1]
     )
     positions = jnp.repeat(lists.split_tiles(q_positions, queries, -1), heads, axis=2)
-    return unions, positions.reshape(*positions.shape[:2], COMPUTE, ROWS)
+    return unions, positions.reshape(*positions.shape[:2], computing, ROWS)
 
 
 def _from_rows(x, heads, num_queries):
-    """[B, K, tiles, COMPUTE, ROWS] as [B, T, K, heads]."""
+    """[B, K, tiles, computing, ROWS] as [B, T, K, heads]."""
     batch, groups = x.shape[:2]
     x = x.reshape(batch, groups, -1, heads)[:, :, :num_queries]
     return jnp.moveaxis(x, 1, 2)
@@ -66,7 +66,7 @@ def _from_rows(x, heads, num_queries):
 
 def _forward(q, k, v, block_indices, q_positions, *, block_size, scale):
     group = q.shape[2] // k.shape[2]
-    unions, positions = _tiles(q, k, block_indices, q_positions, block_size)
+    unions, positions = _tiles("selected_forward", q, k, v, block_indices, q_positions, block_size)
     out, lse = forward(
         *(_split_heads(q, k.shape[2]), _padded_keys(k), _padded_keys(v), unions, positions),
         block_size=block_size,
@@ -76,11 +76,11 @@ def _forward(q, k, v, block_indices, q_positions, *, block_size, scale):
     return _join_heads(out, group), _join_heads(lse, group)
 
 
-def _to_rows(x, fill):
-    """[B, T, K, heads] as [B, K, tiles, COMPUTE, ROWS], `fill` beyond T."""
+def _to_rows(x, computing, fill):
+    """[B, T, K, heads] as [B, K, tiles, computing, ROWS], `fill` beyond T."""
     batch, _, groups, heads = x.shape
-    x = lists.split_tiles(x, COMPUTE * ROWS // heads, fill)
-    return jnp.moveaxis(x, 3, 1).reshape(batch, groups, -1, COMPUTE, ROWS)
+    x = lists.split_tiles(x, computing * ROWS // heads, fill)
+    return jnp.moveaxis(x, 3, 1).reshape(batch, groups, -1, computing, ROWS)
 
 
 def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, block_size, scale):
@@ -92,9 +92,10 @@ def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, bl
     q_heads, d_out_heads = (_split_heads(x, num_kv_heads) for x in (q, d_out))
     keys, values = _padded_keys(k), _padded_keys(v)
 
-    unions, positions = _tiles(q, k, block_indices, q_positions, block_size)
+    unions, positions = _tiles("selected_dq", q, k, v, block_indices, q_positions, block_size)
     dq = selected_backward.dq(
-        *(q_heads, keys, values, d_out_heads, _to_rows(lse2, jnp.inf), _to_rows(delta, 0)),
+        *(q_heads, keys, values, d_out_heads),
+        *(_to_rows(x, positions.shape[2], fill) for x, fill in ((lse2, jnp.inf), (delta, 0))),
         *(unions, positions),
         block_size=block_size,
         scale=scale,

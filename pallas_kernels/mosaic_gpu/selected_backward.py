@@ -28,11 +28,9 @@ from pallas_kernels.mosaic_gpu.common import (
     smem,
 )
 from pallas_kernels.mosaic_gpu.selected_walk import (
-    COMPUTE,
-    COMPUTE_REGISTERS,
     KEYS,
-    MEMORY_REGISTERS,
     MOST_STAGES,
+    REGISTERS,
     SMALL,
     Ring,
     Walk,
@@ -54,10 +52,10 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
       k: [B, S, K, H], S a multiple of 8.
       v: [B, S, K, V].
       d_out: [B, T, K, heads, V].
-      lse2: float32 [B, K, tiles, COMPUTE, ROWS], in base 2; +inf on empty rows.
+      lse2: float32 [B, K, tiles, computing, ROWS], in base 2; +inf on empty rows.
       delta: float32 like lse2, the sum of out * d_out less the gradient of lse.
       lists: `lists.Unions`.
-      positions: int32 [B, tiles, COMPUTE, ROWS], of the query of each row.
+      positions: int32 [B, tiles, computing, ROWS], of the query of each row.
       block_size: l'.
       scale: above 0.
 
@@ -65,8 +63,7 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
       In the shape and dtype of q.
     """
     features, v_features = k.shape[3], v.shape[3]
-    fixed = 2 * COMPUTE * ROWS * (features + v_features)
-    walk = Walk.cut(q, v, positions.shape[1], block_size, fixed)
+    walk = Walk.cut(q, v, positions, block_size, features + v_features)
 
     def selected_dq(q, k, v, d_out, lse2, delta, positions, blocks, masks, counts, dq, scratch):
         q_smem, d_out_smem, rows_loaded, rings = scratch
@@ -114,26 +111,21 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
             plgpu.wait_smem_to_gmem(0)
             return n
 
-        @pl.when(warpgroup < COMPUTE)
-        def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            walk.over_tiles(compute_tile, 0)
-
-        @pl.when(warpgroup == COMPUTE)
-        def _():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            walk.load((k, v), (blocks, masks, counts), positions, rings, cleared=0)
+        walk.run(
+            lambda: walk.over_tiles(compute_tile, 0),
+            lambda: walk.load((k, v), (blocks, masks, counts), positions, rings, cleared=0),
+        )
 
     (result,) = launch.launch(
         selected_dq,
         *(q, k, v, d_out, lse2, delta, positions, *lists),
         out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
         programs=walk.programs,
-        warpgroups=COMPUTE + 1,
+        warpgroups=walk.computing + 1,
         scratch=(
-            smem(COMPUTE, ROWS, features, dtype=q.dtype),
-            smem(COMPUTE, ROWS, v_features, dtype=q.dtype),
-            plgpu.Barrier(num_arrivals=2 * walk.queries, num_barriers=COMPUTE),
+            smem(walk.computing, ROWS, features, dtype=q.dtype),
+            smem(walk.computing, ROWS, v_features, dtype=q.dtype),
+            plgpu.Barrier(num_arrivals=2 * walk.queries, num_barriers=walk.computing),
             walk.rings(q.dtype),
         ),
     )
@@ -186,7 +178,7 @@ def dk_dv_of_items(
 
         @pl.when((warpgroup == _MEMORY) & (count > 0))
         def _():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            plgpu.set_max_registers(REGISTERS[2][1], action="decrease")
             keys = b, pl.ds(first_key, KEYS), g
             plgpu.copy_gmem_to_smem(k.at[keys], k_smem, keys_loaded)
             last = q_positions[b, query(count - 1)] - first_key
@@ -277,7 +269,7 @@ def dk_dv_of_items(
 
             @pl.when((warpgroup == own) & (count > 0))
             def _(add=add, out=out, width=width, factor=factor):
-                plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+                plgpu.set_max_registers(REGISTERS[2][0], action="increase")
                 plgpu.barrier_wait(keys_loaded)
                 acc = over_steps(add, full((KEYS, width), 0.0))
                 out.at[b, g, item, pl.ds(part * KEYS, KEYS)][...] = acc * factor
@@ -290,7 +282,7 @@ def dk_dv_of_items(
             for x in (k, v)
         ),
         programs=batch * groups * num_items * parts,
-        warpgroups=COMPUTE + 1,
+        warpgroups=3,
         scratch=(
             smem(KEYS, features, dtype=q.dtype),
             smem(KEYS, v_features, dtype=q.dtype),
@@ -303,7 +295,7 @@ def dk_dv_of_items(
             Ring(
                 None,
                 plgpu.Barrier(num_arrivals=4 * each, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             ),
         ),
     )

@@ -1,7 +1,6 @@
 """selected_attention, forward: out and lse."""
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
@@ -18,9 +17,6 @@ from pallas_kernels.mosaic_gpu.common import (
     smem,
 )
 from pallas_kernels.mosaic_gpu.selected_walk import (
-    COMPUTE,
-    COMPUTE_REGISTERS,
-    MEMORY_REGISTERS,
     Walk,
     load_rows,
     store_rows,
@@ -38,18 +34,18 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
       k: [B, S, K, H], S a multiple of 8.
       v: [B, S, K, V].
       lists: `lists.Unions`.
-      positions: int32 [B, tiles, COMPUTE, ROWS], of the query of each row.
+      positions: int32 [B, tiles, computing, ROWS], of the query of each row.
       block_size: l'.
       scale: above 0.
 
     Returns:
-      out [B, T, K, heads, V] and lse float32 [B, K, tiles, COMPUTE, ROWS].
+      out [B, T, K, heads, V] and lse float32 [B, K, tiles, computing, ROWS].
     """
     features, v_features = k.shape[3], v.shape[3]
     # Outputs leave through the memory of the queries, where their sizes agree.
     widths = (features,) if features == v_features else (features, v_features)
-    rows_smem = [smem(COMPUTE, ROWS, width, dtype=q.dtype) for width in widths]
-    walk = Walk.cut(q, v, positions.shape[1], block_size, 2 * COMPUTE * ROWS * sum(widths))
+    walk = Walk.cut(q, v, positions, block_size, sum(widths))
+    rows_smem = [smem(walk.computing, ROWS, width, dtype=q.dtype) for width in widths]
 
     def selected_forward(q, k, v, positions, blocks, masks, counts, out, lse, scratch):
         rows_smem, lse_smem, rows_loaded, rings = scratch
@@ -83,29 +79,24 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
             plgpu.wait_smem_to_gmem(0)
             return n
 
-        @pl.when(warpgroup < COMPUTE)
-        def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            walk.over_tiles(compute_tile, 0)
-
-        @pl.when(warpgroup == COMPUTE)
-        def _():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            walk.load((k, v), (blocks, masks, counts), positions, rings, cleared=1)
+        walk.run(
+            lambda: walk.over_tiles(compute_tile, 0),
+            lambda: walk.load((k, v), (blocks, masks, counts), positions, rings, cleared=1),
+        )
 
     return launch.launch(
         selected_forward,
         *(q, k, v, positions, *lists),
         out_type=(
             jax.ShapeDtypeStruct((*q.shape[:4], v_features), q.dtype),
-            jax.ShapeDtypeStruct((walk.batch, walk.groups, walk.tiles, COMPUTE, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((walk.batch, walk.groups, *positions.shape[1:]), jnp.float32),
         ),
         programs=walk.programs,
-        warpgroups=COMPUTE + 1,
+        warpgroups=walk.computing + 1,
         scratch=(
             rows_smem,
-            plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=walk.queries, num_barriers=COMPUTE),
+            plgpu.SMEM((walk.computing, ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=walk.queries, num_barriers=walk.computing),
             walk.rings(q.dtype),
         ),
     )

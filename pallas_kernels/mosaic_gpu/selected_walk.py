@@ -1,9 +1,9 @@
 """How tiles of queries walk the blocks that they selected: forward, and backward for dq.
 
-A tile is the queries of COMPUTE warpgroups, ROWS rows each. The memory warpgroup copies each block
-of the tile's union once into a ring in shared memory; a warpgroup passes over the blocks that none
-of its own queries selected. Where neighbours agree, a block is so loaded for twice as many queries
-as one warpgroup has rows for, and where they do not, nobody multiplies more than his own blocks.
+A tile is the queries of two or three warpgroups, ROWS rows each. The memory warpgroup copies each
+block of the tile's union once into a ring in shared memory; a warpgroup passes over the blocks that
+none of its own queries selected. Where neighbours agree, a block is so loaded for more queries than
+one warpgroup has rows for, and where they do not, nobody multiplies more than his own blocks.
 
 A program takes many tiles, one after another. The memory warpgroup does not stop between them.
 """
@@ -20,12 +20,11 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.common import OF_ROWS, ROWS, TILE, by_row, smem
 
-COMPUTE = 2  # warpgroups that multiply; one more copies
 KEYS = 64  # keys of a step
 MULTIPROCESSORS = 132  # of an H100; what is compiled elsewhere than on a GPU is for that
 
-#: Registers of a thread: three warpgroups share 504.
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
+#: Registers of a thread that computes and of one that copies, by how many warpgroups compute.
+REGISTERS = {2: (232, 40), 3: (160, 24)}
 
 #: Shared memory that barriers and small arrays may take, bytes.
 SMALL = 4096
@@ -80,6 +79,7 @@ class Walk(NamedTuple):
 
     Attributes:
       batch, groups, tiles: how many there are.
+      computing: warpgroups that multiply; one more copies.
       heads: of a query, a power of two and at least 8: real ones, then padding.
       block_size: l'.
       features: H and V.
@@ -90,6 +90,7 @@ class Walk(NamedTuple):
     batch: int
     groups: int
     tiles: int
+    computing: int
     heads: int
     block_size: int
     features: tuple[int, int]
@@ -97,21 +98,22 @@ class Walk(NamedTuple):
     programs: int
 
     @classmethod
-    def cut(cls, q, v, tiles, block_size, fixed):
+    def cut(cls, q, v, positions, block_size, row_features):
         """The walk for q [B, T, K, heads, H] and v [B, S, K, V].
 
         Args:
           q, v: arrays or their shapes.
-          tiles: of queries, of a key/value head.
+          positions: [B, tiles, computing, ROWS], or its shape.
           block_size: l'.
-          fixed: shared memory that the kernel takes beside the rings, bytes.
+          row_features: of all that the kernel has in shared memory of each row.
         """
         batch, _, groups, heads, features = q.shape
         features = features, v.shape[3]
+        tiles, computing = positions.shape[1:3]
         programs = min(batch * groups * tiles, _num_programs())
         return cls(
-            *(batch, groups, tiles, heads, block_size, features),
-            *(_stages(*features, fixed), programs),
+            *(batch, groups, tiles, computing, heads, block_size, features),
+            *(_stages(*features, 2 * computing * ROWS * row_features), programs),
         )
 
     @property
@@ -125,7 +127,7 @@ class Walk(NamedTuple):
         return self.block_size // KEYS
 
     def of_rows(self, ref):
-        """What ref [COMPUTE, ROWS] in global memory has for the rows of this warpgroup."""
+        """What ref [computing, ROWS] in global memory has for the rows of this warpgroup."""
         own = ref.at[jax.lax.axis_index("warpgroup")]
         return plgpu.load(own, layout=OF_ROWS, optimized=False)
 
@@ -135,11 +137,26 @@ class Walk(NamedTuple):
             Ring(
                 smem(stages, KEYS, features, dtype=dtype),
                 plgpu.Barrier(num_barriers=stages),
-                plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=self.computing, num_barriers=stages),
             )
             for stages, features in zip(self.stages, self.features, strict=True)
         ]
         return *rings, plgpu.Barrier()
+
+    def run(self, compute, copy):
+        """Gives the warpgroups of a program their work and their registers."""
+        warpgroup = jax.lax.axis_index("warpgroup")
+        registers, few = REGISTERS[self.computing]
+
+        @pl.when(warpgroup < self.computing)
+        def _():
+            plgpu.set_max_registers(registers, action="increase")
+            compute()
+
+        @pl.when(warpgroup == self.computing)
+        def _():
+            plgpu.set_max_registers(few, action="decrease")
+            copy()
 
     def over_tiles(self, body, carry):
         """carry = body(place, carry) for each tile of this program."""
@@ -163,7 +180,7 @@ class Walk(NamedTuple):
         Args:
           operands: keys and values.
           lists: blocks, masks, counts.
-          positions: int32 [B, tiles, COMPUTE, ROWS], of the query of each row.
+          positions: int32 [B, tiles, computing, ROWS], of the query of each row.
           rings: what it fills.
           cleared: 0 for the keys, 1 for the values.
         """
@@ -269,7 +286,7 @@ class Walk(NamedTuple):
 
 def divide(x, by):
     """The quotient and the remainder of int32 x."""
-    return (x, 0) if by == 1 else (jax.lax.div(x, by), jax.lax.rem(x, by))
+    return jax.lax.div(x, by), jax.lax.rem(x, by)
 
 
 def load_reached(source, stage, loaded, raw, last):
@@ -317,7 +334,7 @@ def store_rows(walk, stage, ref, place):
 
 
 def _queries(walk, place):
-    first = (place.tile * COMPUTE + jax.lax.axis_index("warpgroup")) * walk.queries
+    first = (place.tile * walk.computing + jax.lax.axis_index("warpgroup")) * walk.queries
     return [(i, first + i) for i in range(walk.queries)]
 
 

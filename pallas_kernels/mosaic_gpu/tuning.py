@@ -82,6 +82,10 @@ TABLE: dict[tuple[str, int, int], Tuning] = {
     for head_dims, cut in cuts.items()
 }
 
+#: Warpgroups that compute, beside one that copies, of kernels that walk selected blocks, up to 128
+#: features. Three leave 160 registers a thread: enough for the state of the forward pass alone.
+_COMPUTING = {"selected_forward": 3, "selected_dq": 2}
+
 _overrides: dict[str, Tuning] = {}
 
 
@@ -102,3 +106,8 @@ def lookup(kernel: str, head_dim: int, v_head_dim: int) -> Tuning:
     if kernel in _overrides:
         return _overrides[kernel]
     return TABLE[kernel, head_dim, v_head_dim]
+
+
+def computing(kernel: str, head_dim: int, v_head_dim: int) -> int:
+    """How many warpgroups of a kernel that walks selected blocks compute."""
+    return _COMPUTING[kernel] if max(head_dim, v_head_dim) <= 128 else 2
