@@ -9,13 +9,23 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-#: operation -> implementation -> "module:function". The module also offers
+#: operation -> implementation -> "module:function", the fastest one first: of those that can run a
+#: call, "auto" takes the first. The module also offers
 #: `refusal(operation, *args, **kwargs) -> str | None`: the sentence that says why it cannot run a
 #: call with these arguments here, or None. Without arguments it speaks of the device alone.
 KERNELS: dict[str, dict[str, str]] = {
-    "interval_attention": {"triton": "pallas_kernels.triton.interval:interval_attention"},
-    "select_blocks": {"triton": "pallas_kernels.triton.blocks:select_blocks"},
-    "selected_attention": {"triton": "pallas_kernels.triton.selected:selected_attention"},
+    "interval_attention": {
+        "mosaic_gpu": "pallas_kernels.mosaic_gpu.interval:interval_attention",
+        "triton": "pallas_kernels.triton.interval:interval_attention",
+    },
+    "select_blocks": {
+        "triton": "pallas_kernels.triton.blocks:select_blocks",
+        "mosaic_gpu": "pallas_kernels.mosaic_gpu.blocks:select_blocks",
+    },
+    "selected_attention": {
+        "mosaic_gpu": "pallas_kernels.mosaic_gpu.selected:selected_attention",
+        "triton": "pallas_kernels.triton.selected:selected_attention",
+    },
     "sparse_step": {},
     "dense_step": {},
 }

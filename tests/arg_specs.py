@@ -52,6 +52,18 @@ SMALL = {
     "nothing_compressed": ArgSpec(2, 7, 4, 2, 16, 16),
 }
 
+#: Shapes that the kernels for Hopper take as well: groups of 1, 4, 8, 16 and 64 heads.
+HOPPER = {
+    "paper_heads": ArgSpec(1, 1000, 16, 1, 128, 128, NSAConfig(num_selected_blocks=6)),
+    "paper_192": ArgSpec(2, 717, 32, 2, 192, 128, NSAConfig(num_selected_blocks=5)),
+    "four_heads_a_group": ArgSpec(2, 648, 8, 2, 64, 64, NSAConfig(window_size=100)),
+    "one_head": ArgSpec(1, 523, 2, 2, 64, 128, NSAConfig(num_selected_blocks=4, window_size=64)),
+    "eight_heads_a_group": ArgSpec(1, 700, 16, 2, 256, 256, NSAConfig(num_selected_blocks=4)),
+    "large_blocks": ArgSpec(
+        1, 1030, 64, 1, 128, 64, NSAConfig(32, 16, 128, num_selected_blocks=5, window_size=200)
+    ),
+}
+
 #: What the benchmarks time, at lengths of their own. The paper's model has 64 query heads on 4
 #: groups, with values narrower than keys (section 4.1): 192 and 128.
 BENCHMARK = {

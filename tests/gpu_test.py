@@ -20,14 +20,19 @@ from nsa_jax.ops import dispatch, reference
 from nsa_jax.ops.branches import compressed_attention, select_blocks
 from nsa_jax.training import parallel
 from nsa_jax.training.setup import prepare
-from tests.arg_specs import SMALL, ArgSpec, random_inputs
+from tests.arg_specs import HOPPER, SMALL, ArgSpec, random_inputs
 from tests.training import tiny_run
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = "triton"
+DTYPES = {
+    "triton": (jnp.float32, jnp.float16, jnp.bfloat16),
+    "mosaic_gpu": (jnp.float16, jnp.bfloat16),
+}
+KERNELS = tuple(DTYPES)
+SPECS = SMALL | HOPPER
+CASES = [("triton", name) for name in SPECS] + [("mosaic_gpu", name) for name in HOPPER]
 PAPER = ArgSpec(1, 8192, 16, 1, 128, 128, NSAConfig())
-DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 
 # Of the largest element of a tensor. float32 is summed in another order over a few hundred terms,
 # and tf32, which would be off by 1e-3, is never used. In 16 bits the inputs are equal, but
@@ -77,15 +82,15 @@ def blocks_of_the_oracle(arrays, spec):
 
 
 # All dtypes in one test: they share the compiled oracle.
-@pytest.mark.parametrize("name", SMALL)
-def test_kernels_agree_with_the_oracle(name):
-    spec = SMALL[name]
-    for dtype in DTYPES:
+@pytest.mark.parametrize(("kernels", "name"), CASES)
+def test_kernels_agree_with_the_oracle(kernels, name):
+    spec = SPECS[name]
+    for dtype in DTYPES[kernels]:
         arrays = random_inputs(spec, dtype=dtype)
         exact = in_float32(arrays)
         # The same blocks for both, so that a tie broken by the last bit is no disagreement.
         blocks = blocks_of_the_oracle(exact, spec)
-        out, gradients = value_and_gradients(arrays, spec, KERNELS, block_indices=blocks)
+        out, gradients = value_and_gradients(arrays, spec, kernels, block_indices=blocks)
         expected = value_and_gradients(exact, spec, "reference", block_indices=blocks)
         assert out.dtype == dtype
         assert all(x.dtype == dtype for x in jax.tree.leaves(gradients))
@@ -93,19 +98,22 @@ def test_kernels_agree_with_the_oracle(name):
         assert_close(gradients, expected[1], 2 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_kernels_select_as_the_oracle_where_scores_are_apart(name):
-    spec = SMALL[name]
-    arrays, nsa = random_inputs(spec), spec.nsa
+@pytest.mark.parametrize(("kernels", "name"), CASES)
+def test_kernels_select_as_the_oracle_where_scores_are_apart(kernels, name):
+    spec = SPECS[name]
+    # In float32, or in float16 for both.
+    dtype = DTYPES[kernels][0]
+    arrays, nsa = random_inputs(spec, dtype=dtype), spec.nsa
     q, (k, v) = arrays["q"], arrays["compressed"]
 
-    def select(implementation):
+    def select(implementation, q, k, v):
         where = {"config": nsa, "implementation": implementation}
         return select_blocks(q, k, compressed_attention(q, k, v, **where)[1], **where)
 
+    exact = in_float32((q, k, v))
+
     score = reference.importance(
-        q,
-        k,
+        *exact[:2],
         num_select=-(-spec.length // nsa.select_block_size),
         compress_block_size=nsa.compress_block_size,
         compress_stride=nsa.compress_stride,
@@ -115,13 +123,18 @@ def test_kernels_select_as_the_oracle_where_scores_are_apart(name):
     gaps = jnp.diff(jnp.sort(score, axis=-1), axis=-1)
     apart = jnp.where(gaps > 0, gaps, jnp.inf).min(axis=-1, initial=jnp.inf) > 1e-5
     assert apart.mean() > 0.9
-    same = (select(KERNELS) == select("reference")).all(axis=-1)
+    same = (select(kernels, q, k, v) == select("reference", *exact)).all(axis=-1)
     assert bool(jnp.where(apart, same, True).all())
 
 
-@pytest.mark.parametrize("implementation", ["xla", KERNELS])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_agrees_with_the_oracle_at_the_paper_geometry(dtype, implementation):
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        *((name, dtype) for name in ("xla", "triton") for dtype in (jnp.float32, jnp.bfloat16)),
+        ("mosaic_gpu", jnp.bfloat16),
+    ],
+)
+def test_agrees_with_the_oracle_at_the_paper_geometry(implementation, dtype):
     """The last 64 queries of 8192, for which the dense oracle is affordable."""
     arrays = random_inputs(PAPER, dtype=dtype)
     run = jax.jit(
@@ -146,7 +159,7 @@ def test_agrees_with_the_oracle_at_the_paper_geometry(dtype, implementation):
     np.testing.assert_allclose(out[:, last].astype(jnp.float32), expected, atol=atol)
 
 
-@pytest.mark.parametrize("implementation", ["xla", KERNELS])
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 def test_two_runs_give_the_same_bits_at_the_paper_geometry(implementation):
     arrays = random_inputs(PAPER, dtype=jnp.bfloat16)
     first, second = (value_and_gradients(arrays, PAPER, implementation) for _ in range(2))
@@ -154,9 +167,14 @@ def test_two_runs_give_the_same_bits_at_the_paper_geometry(implementation):
 
 
 @pytest.mark.parametrize(
-    ("spec", "end"), [(SMALL["ragged"], 101), (PAPER, 5000)], ids=["ragged", "paper"]
+    ("kernels", "spec", "end"),
+    [
+        ("triton", SMALL["ragged"], 101),
+        ("mosaic_gpu", HOPPER["one_head"], 301),
+        *((kernels, PAPER, 5000) for kernels in KERNELS),
+    ],
 )
-def test_kernels_read_nothing_of_the_future(spec, end):
+def test_kernels_read_nothing_of_the_future(kernels, spec, end):
     """Queries up to `end` over a cache that holds NaN behind it: the same bits, gradients too."""
     arrays = random_inputs(spec, dtype=jnp.bfloat16)
     chunk = {k: v[:, :end] if k in ("q", "gates") else v for k, v in arrays.items()}
@@ -166,14 +184,15 @@ def test_kernels_read_nothing_of_the_future(spec, end):
         name: jax.tree.map(lambda x, end=end: x.at[:, end:].set(jnp.nan), chunk[name])
         for name, end in ends.items()
     }
-    clean_run = value_and_gradients(chunk, spec, KERNELS)
-    chex.assert_trees_all_equal(clean_run, value_and_gradients(poisoned, spec, KERNELS))
+    clean_run = value_and_gradients(chunk, spec, kernels)
+    chex.assert_trees_all_equal(clean_run, value_and_gradients(poisoned, spec, kernels))
 
 
 LONG = ArgSpec(1, 262144, 64, 4, 128, 128, NSAConfig())
 
 
-def test_kernels_at_262144_tokens():
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_kernels_at_262144_tokens(kernels):
     """Offsets pass 2**31 here. A few queries of the last group, and their dq, meet the oracle."""
     spec = LONG
     arrays = jax.jit(functools.partial(random_inputs, spec, dtype=jnp.bfloat16))()
@@ -184,7 +203,7 @@ def test_kernels_at_262144_tokens():
     @jax.jit
     def run(arrays):
         attention = functools.partial(
-            native_sparse_attention, config=spec.nsa, implementation=KERNELS
+            native_sparse_attention, config=spec.nsa, implementation=kernels
         )
         out, pull, blocks = jax.vjp(lambda arrays: attention(**arrays), arrays, has_aux=True)
         (gradients,) = pull(arrays["q"])  # any array of the output's shape will do
@@ -221,34 +240,41 @@ def test_kernels_at_262144_tokens():
     assert_close(actual[1], expected[1], 2 * TOLERANCE[jnp.bfloat16])
 
 
-def test_transforms_change_nothing():
+@pytest.mark.parametrize(
+    ("kernels", "spec", "dtype"),
+    [
+        ("triton", SMALL["even"], jnp.float32),
+        ("mosaic_gpu", HOPPER["four_heads_a_group"], jnp.float16),
+    ],
+)
+def test_transforms_change_nothing(kernels, spec, dtype):
     """vmap, scan and remat of the kernels."""
-    spec = SMALL["even"]
-    arrays = random_inputs(spec)
-    expected, gradients = value_and_gradients(arrays, spec, KERNELS)
+    arrays = random_inputs(spec, dtype=dtype)
+    expected, gradients = value_and_gradients(arrays, spec, kernels)
 
     def run(arrays):
-        return native_sparse_attention(**arrays, config=spec.nsa, implementation=KERNELS)[0]
+        return native_sparse_attention(**arrays, config=spec.nsa, implementation=kernels)[0]
 
     one_by_one = jax.tree.map(lambda x: x[:, None], arrays)
     mapped = jax.jit(jax.vmap(run))(one_by_one)
     _, scanned = jax.lax.scan(lambda _, arrays: (None, run(arrays)), None, one_by_one)
     for out in (mapped, scanned):
-        assert_close(out[:, 0], expected, TOLERANCE[jnp.float32])
+        assert_close(out[:, 0], expected, TOLERANCE[dtype])
 
     weights = projection(expected.shape)
     remat = jax.jit(jax.grad(lambda arrays: (jax.checkpoint(run)(arrays) * weights).sum()))
-    assert_close(remat(arrays), gradients, 2 * TOLERANCE[jnp.float32])
+    assert_close(remat(arrays), gradients, 2 * TOLERANCE[dtype])
 
     per_example = jax.jit(jax.vmap(jax.grad(lambda arrays, w: (run(arrays) * w).sum())))
     actual = jax.tree.map(lambda x: x[:, 0], per_example(one_by_one, weights[:, None]))
-    assert_close(actual, gradients, 2 * TOLERANCE[jnp.float32])
+    assert_close(actual, gradients, 2 * TOLERANCE[dtype])
 
 
-def test_auto_takes_the_kernels():
+def test_auto_takes_the_kernels_of_this_device():
+    hopper = float(jax.devices()[0].compute_capability) == 9
     record = dispatch.explain("auto")
     assert {operation: entry["chosen"] for operation, entry in record.items()} == dict.fromkeys(
-        dispatch.OPERATIONS, KERNELS
+        dispatch.OPERATIONS, "mosaic_gpu" if hopper else "triton"
     )
 
 
@@ -274,13 +300,13 @@ def train(implementation, dtype="bfloat16"):
 
 
 def test_twenty_updates_agree_with_xla():
-    (actual, _), (expected, _) = train(KERNELS), train("xla")
+    (actual, _), (expected, _) = train("triton"), train("xla")
     assert expected[-1] < 0.8 * expected[0], "nothing was learned"
     # bfloat16 activations have 8 bits, and a selected block may change with the last of them.
     np.testing.assert_allclose(actual, expected, rtol=2e-2)
 
 
-@pytest.mark.parametrize("implementation", ["xla", KERNELS])
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
 def test_twenty_updates_give_the_same_bits_twice(implementation):
     chex.assert_trees_all_equal(train(implementation), train(implementation))
 

@@ -4,10 +4,11 @@
     "triton"      Triton kernels, for NVIDIA GPUs since Ampere
     "xla"         portable XLA code, on any device
     "reference"   the oracle: dense and slow, for tests and doubts
-    "auto"        the first of mosaic_gpu, triton and xla that can run the call
+    "auto"        the fastest of mosaic_gpu, triton and xla that can run the call
 
-Whoever cannot run a call says why in one sentence, its refusal. "auto" goes on to the next
-implementation; an explicit choice raises `UnsupportedError` with the sentence and never falls back.
+Which one is the fastest of an operation is the order of `pallas_kernels.KERNELS`. Whoever cannot
+run a call says why in one sentence, its refusal. "auto" goes on to the next one; an explicit choice
+raises `UnsupportedError` with the sentence and never falls back.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,7 @@ from collections.abc import Callable
 import pallas_kernels
 from nsa_jax.ops import xla
 
-AUTO_ORDER = ("mosaic_gpu", "triton", "xla")
-IMPLEMENTATIONS = ("auto", *AUTO_ORDER, "reference")
+IMPLEMENTATIONS = ("auto", "mosaic_gpu", "triton", "xla", "reference")
 #: Of training, and of a prompt's prefill; STEPS of one new token over a cache.
 OPERATIONS = ("interval_attention", "select_blocks", "selected_attention")
 STEPS = ("sparse_step", "dense_step")
@@ -30,6 +30,11 @@ def check_name(implementation: str) -> None:
     """Raises ValueError unless `implementation` is one of `IMPLEMENTATIONS`."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
+
+
+def _candidates(operation: str) -> tuple[str, ...]:
+    """What "auto" tries, in order."""
+    return (*pallas_kernels.KERNELS[operation], "xla")
 
 
 def _load(operation: str, implementation: str) -> pallas_kernels.Kernel | str:
@@ -72,7 +77,7 @@ def resolve(operation: str, implementation: str, *args, **kwargs) -> tuple[str, 
       UnsupportedError: if an implementation asked for by name refuses.
     """
     check_name(implementation)
-    for name in AUTO_ORDER if implementation == "auto" else (implementation,):
+    for name in _candidates(operation) if implementation == "auto" else (implementation,):
         reason = refusal(operation, name, *args, **kwargs)
         if reason is None:
             break
@@ -98,7 +103,8 @@ def explain(implementation: str) -> dict[str, dict]:
     record = {}
     for operation in OPERATIONS:
         chosen, _ = resolve(operation, implementation)
-        tried = AUTO_ORDER[: AUTO_ORDER.index(chosen)] if implementation == "auto" else ()
+        tried = _candidates(operation)
+        tried = tried[: tried.index(chosen)] if implementation == "auto" else ()
         record[operation] = {
             "chosen": chosen,
             "refused": {name: refusal(operation, name) for name in tried},

@@ -125,7 +125,7 @@ def test_reads_nothing_that_no_query_may_see():
 
 
 def test_tiles_that_see_nothing():
-    """A program whose later tiles are empty, as the first of compressed blocks are, must not hang."""
+    """A program does not hang at its later tiles, empty as those before the first block are."""
     hi = jnp.maximum(jnp.arange(18, dtype=jnp.int32) - 12, 0)[None]
     assert_agrees(random_arrays(1, 18, 20, 1, 64, 64, 64), jnp.zeros_like(hi), hi)
 
