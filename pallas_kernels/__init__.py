@@ -16,8 +16,8 @@ KERNELS: dict[str, dict[str, str]] = {
     "interval_attention": {"triton": "pallas_kernels.triton.interval:interval_attention"},
     "select_blocks": {"triton": "pallas_kernels.triton.blocks:select_blocks"},
     "selected_attention": {"triton": "pallas_kernels.triton.selected:selected_attention"},
-    "sparse_step": {},
-    "dense_step": {},
+    "sparse_step": {"triton": "pallas_kernels.triton.step:sparse_step"},
+    "dense_step": {"triton": "pallas_kernels.triton.step:dense_step"},
 }
 
 

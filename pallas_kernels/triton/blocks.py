@@ -86,7 +86,7 @@ def _sum_slots(p, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, QUERIES: tl.constex
 
 
 @triton.jit
-def _ranks(
+def block_ranks(
     scores, block, own, first, NUM_BLOCKS: tl.constexpr, INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def _ranks(
 
 
 @triton.jit
-def _merged(best, ranks, BEST: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr):
+def merged(best, ranks, BEST: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr):
     """The BEST largest of `best`, which ascends, and of a step's ranks; ascending again."""
     KEPT: tl.constexpr = min(BEST, BLOCKS)
     ranks = tl.topk(ranks, KEPT)
@@ -135,16 +135,23 @@ def _queries(
 
 
 @triton.jit
+def ascending(best, NUM: tl.constexpr, BEST: tl.constexpr):
+    """The NUM best blocks of each query [queries, BEST] in ascending order, then -1."""
+    column = tl.arange(0, BEST)[None, :]
+    block = best.to(tl.int32) ^ LARGEST_INT
+    block = tl.where((best > 0) & (column >= BEST - NUM), block, LARGEST_INT)
+    block = tl.sort(block)
+    return tl.where(block < LARGEST_INT, block, -1)
+
+
+@triton.jit
 def _store_blocks(
     out, best, batch, group, tile, T: tl.constexpr, K: tl.constexpr, NUM: tl.constexpr,
     BEST: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Stores the NUM best blocks of each query in ascending order, then -1."""
     query, column = tl.arange(0, QUERIES)[:, None], tl.arange(0, BEST)[None, :]
-    block = best.to(tl.int32) ^ LARGEST_INT
-    block = tl.where((best > 0) & (column >= BEST - NUM), block, LARGEST_INT)
-    block = tl.sort(block)
-    block = tl.where(block < LARGEST_INT, block, -1)
+    block = ascending(best, NUM, BEST)
     out += ((batch * T + tile * QUERIES).to(tl.int64) * K + group) * NUM
     stored = (query < T - tile * QUERIES) & (column < NUM)
     tl.store(out + query * (K * NUM) + column, block, mask=stored)
@@ -188,8 +195,8 @@ def _kernel(
             carried = following  # what its column 0 holds is for the next step's
         else:
             scores = carried
-        ranks = _ranks(scores, start + column, own, first, NUM_BLOCKS, INITIAL, LOCAL)
-        best = _merged(best, ranks, BEST, QUERIES, BLOCKS)
+        ranks = block_ranks(scores, start + column, own, first, NUM_BLOCKS, INITIAL, LOCAL)
+        best = merged(best, ranks, BEST, QUERIES, BLOCKS)
     _store_blocks(out, best, batch, group, tile, T, K, NUM, BEST, QUERIES)
 
 
