@@ -105,7 +105,7 @@ def block_ranks(
 
 
 @triton.jit
-def merged(best, ranks, BEST: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr):
+def _merged(best, ranks, BEST: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr):
     """The BEST largest of `best`, which ascends, and of a step's ranks; ascending again."""
     KEPT: tl.constexpr = min(BEST, BLOCKS)
     ranks = tl.topk(ranks, KEPT)
@@ -135,23 +135,16 @@ def _queries(
 
 
 @triton.jit
-def ascending(best, NUM: tl.constexpr, BEST: tl.constexpr):
-    """The NUM best blocks of each query [queries, BEST] in ascending order, then -1."""
-    column = tl.arange(0, BEST)[None, :]
-    block = best.to(tl.int32) ^ LARGEST_INT
-    block = tl.where((best > 0) & (column >= BEST - NUM), block, LARGEST_INT)
-    block = tl.sort(block)
-    return tl.where(block < LARGEST_INT, block, -1)
-
-
-@triton.jit
 def _store_blocks(
     out, best, batch, group, tile, T: tl.constexpr, K: tl.constexpr, NUM: tl.constexpr,
     BEST: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Stores the NUM best blocks of each query in ascending order, then -1."""
     query, column = tl.arange(0, QUERIES)[:, None], tl.arange(0, BEST)[None, :]
-    block = ascending(best, NUM, BEST)
+    block = best.to(tl.int32) ^ LARGEST_INT
+    block = tl.where((best > 0) & (column >= BEST - NUM), block, LARGEST_INT)
+    block = tl.sort(block)
+    block = tl.where(block < LARGEST_INT, block, -1)
     out += ((batch * T + tile * QUERIES).to(tl.int64) * K + group) * NUM
     stored = (query < T - tile * QUERIES) & (column < NUM)
     tl.store(out + query * (K * NUM) + column, block, mask=stored)
@@ -196,7 +189,7 @@ def _kernel(
         else:
             scores = carried
         ranks = block_ranks(scores, start + column, own, first, NUM_BLOCKS, INITIAL, LOCAL)
-        best = merged(best, ranks, BEST, QUERIES, BLOCKS)
+        best = _merged(best, ranks, BEST, QUERIES, BLOCKS)
     _store_blocks(out, best, batch, group, tile, T, K, NUM, BEST, QUERIES)
 
 

@@ -10,7 +10,7 @@ known, `choose` multiplies each step's sums by what they lack, adds the heads, a
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.blocks import ascending, block_ranks, merged
+from pallas_kernels.triton.blocks import block_ranks
 from pallas_kernels.triton.common import LARGEST_INT
 
 
@@ -98,6 +98,33 @@ def _step_scores(
 
 
 @triton.jit
+def _better(best, ranks):
+    """The largest of `best` and `ranks`, all different, in any order: as many as `best` has.
+
+    One by one. Of the first ranks as many come in as there is room for, of later ones ever fewer.
+    """
+    highest, least = tl.max(ranks, 0), tl.min(best, 0)
+    while highest > least:
+        best = tl.where(best == least, highest, best)
+        ranks = tl.where(ranks == highest, 0, ranks)
+        highest, least = tl.max(ranks, 0), tl.min(best, 0)
+    return best
+
+
+@triton.jit
+def _ascending(best, NUM: tl.constexpr, BEST: tl.constexpr):
+    """The blocks of NUM ranks in ascending order, then -1 where there is none."""
+    place = tl.arange(0, BEST)
+    block = best.to(tl.int32) ^ LARGEST_INT
+    real = (best >= BEST) & (place < NUM)
+    block = tl.where(real, block, LARGEST_INT)
+    # All different: the place of each is how many are lower.
+    lower = tl.sum((block[None, :] < block[:, None]).to(tl.int32), 1)
+    there = (lower[:, None] == place[None, :]) & real[:, None]
+    return tl.sum(tl.where(there, block[:, None] + 1, 0), 0) - 1
+
+
+@triton.jit
 def choose(
     sums, tails, maxima, lse, batch, group, position, steps, N: tl.constexpr, K: tl.constexpr,
     STEPS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
@@ -105,7 +132,7 @@ def choose(
     NUM: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, NUM_BLOCKS: tl.constexpr,
     BEST: tl.constexpr,
 ):  # fmt: skip
-    """The NUM best blocks of a query for a group, ascending, then -1: [1, BEST].
+    """The NUM best blocks of a query for a group, ascending, then -1: [BEST].
 
     Args:
       sums: [B, STEPS, N, BLOCKS], of the first `steps` of each row.
@@ -123,7 +150,9 @@ def choose(
     document = tl.zeros([1], tl.int32)
     own = document + position // SELECT
     column = tl.arange(0, PADDED)[None, :]
-    best = tl.zeros([1, BEST], tl.int64)
+    # Places without a block, different from each other and below any candidate's rank.
+    place = tl.arange(0, BEST).to(tl.int64)
+    best = tl.where(place < NUM, place, (1 << 63) - 1)
     for start in range(0, tl.cdiv(position // SELECT + 1, BLOCKS), AT_ONCE):
         scores = _step_scores(
             sums, tails, maxima, lse2, start, steps, N, G, HEADS, AT_ONCE, BLOCKS, PADDED
@@ -132,5 +161,5 @@ def choose(
         block = tl.where(column < BLOCKS, block, LARGEST_INT)
         scores, block = tl.reshape(scores, [1, WIDTH]), tl.reshape(block, [1, WIDTH])
         ranks = block_ranks(scores, block, own, document, NUM_BLOCKS, INITIAL, LOCAL)
-        best = merged(best, ranks, BEST, 1, WIDTH)
-    return ascending(best, NUM, BEST)
+        best = _better(best, tl.reshape(ranks, [WIDTH]))
+    return _ascending(best, NUM, BEST)

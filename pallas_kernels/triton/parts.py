@@ -12,7 +12,7 @@ from pallas_kernels.triton.common import load_tile, store_tile, update_softmax
 
 
 @triton.jit
-def place(K: tl.constexpr, TILES: tl.constexpr):
+def program(K: tl.constexpr, TILES: tl.constexpr):
     """The row, the group, the tile of heads and the part of a program.
 
     Groups are innermost: programs that run together read memory that lies together.

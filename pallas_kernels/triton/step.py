@@ -29,7 +29,7 @@ from pallas_kernels.triton.parts import (
     attend,
     joined,
     load_heads,
-    place,
+    program,
     steps_of,
     store_part,
     walk,
@@ -44,7 +44,7 @@ def _dense_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of a row's tokens. Grid: groups, tiles of heads, parts; batch."""
-    batch, group, tile, part = place(K, TILES)
+    batch, group, tile, part = program(K, TILES)
     q_tile = load_heads(q, batch, group, tile, N, K, H, HP, ROWS)
     end = tl.minimum(tl.load(positions + batch) + 1, S)
     first, last = steps_of(part, tl.cdiv(end, KEYS), PARTS)
@@ -74,7 +74,7 @@ def _compressed_kernel(
     c: tl.constexpr = SCALE * LOG2E
     PER_BLOCK: tl.constexpr = SELECT // STRIDE
     STEP: tl.constexpr = BLOCKS * PER_BLOCK
-    batch, group, tile, part = place(K, TILES)
+    batch, group, tile, part = program(K, TILES)
     q_tile = load_heads(q, batch, group, tile, N, K, H, HP, ROWS)
     end = _complete(tl.load(positions + batch), C, COMPRESS, STRIDE)
     first, last = steps_of(part, tl.cdiv(end, STEP), PARTS)
@@ -136,21 +136,20 @@ def _selected_kernel(
     COMPRESSED is how many parts `compressed_lse` has.
     """
     PARTS: tl.constexpr = SELECTED + WINDOW
-    batch, group, tile, part = place(K, TILES)
+    batch, group, tile, part = program(K, TILES)
     q_tile = load_heads(q, batch, group, tile, N, K, H, HP, ROWS)
     position = tl.load(positions + batch)
     state = start_softmax(ROWS, VP)
     if part < SELECTED:
         entries = _complete(position, C, COMPRESS, STRIDE)
-        best = choose(
+        blocks = choose(
             sums, tails, maxima, compressed_lse, batch, group, position,
             tl.cdiv(entries, BLOCKS * (SELECT // STRIDE)), N, K, STEPS, BLOCKS, PADDED, HEADS,
             AT_ONCE, COMPRESSED, ALL, SELECT, NUM, INITIAL, LOCAL, NUM_BLOCKS, BEST,
         )  # fmt: skip
-        column = tl.arange(0, BEST)[None, :]
-        stored = column < tl.where(part + tile == 0, NUM, 0)
-        tl.store(block_indices + (batch * K + group) * NUM + column, best, mask=stored)
-        blocks = tl.reshape(best, [BEST])
+        place = tl.arange(0, BEST)
+        stored = place < tl.where(part + tile == 0, NUM, 0)
+        tl.store(block_indices + (batch * K + group) * NUM + place, blocks, mask=stored)
         tokens = tl.sum((blocks >= 0).to(tl.int32), 0) * SELECT
         first, last = steps_of(part, tl.cdiv(tokens, KEYS), SELECTED)
         state = _walk_blocks(

@@ -33,8 +33,8 @@ TOLERANCE = {jnp.float32: 5e-6, jnp.float16: 4e-3}
 @pytest.fixture(autouse=True)
 def few_parts_and_blocks_at_once(monkeypatch):
     """So that parts have several steps, rows several parts, and choosing takes several rounds."""
-    monkeypatch.setattr(tuning, "ENOUGH_PARTS", 12)
-    monkeypatch.setattr(tuning, "ENOUGH_CHOICES", 8)
+    monkeypatch.setattr(tuning, "ENOUGH_PARTS", 6)
+    monkeypatch.setattr(tuning, "ENOUGH_CHOICES", 4)
     monkeypatch.setattr(tuning, "CHOSEN_AT_ONCE", 32)
     monkeypatch.setattr(tuning, "JOINED_AT_ONCE", 64)
 
@@ -52,27 +52,32 @@ def inputs(spec, positions, dtype=jnp.float32):
     return arrays, step_arguments(spec, arrays, positions)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def results(spec, positions, dtype, scale):
+    """(out, blocks) and (out,) of sparse and dense steps, ours and the others'; one compilation."""
+    arrays, arguments = inputs(spec, positions, dtype)
+    rest = (arguments[0], *arrays["selected"], positions)
+    dense = ((x.dense_step(*rest, scale=scale),) for x in (step, xla))
+    return [run(*arguments) for run in sparse(spec, scale)], list(dense)
+
+
 def assert_agrees(spec, positions, *, dtype=jnp.float32, scale=0.5):
     """Compares outputs and blocks of a sparse step, and outputs of a dense one."""
-    positions = jnp.asarray(positions, jnp.int32)
-    arrays, arguments = inputs(spec, positions, dtype)
-    ours, others = sparse(spec, scale)
-    (out, blocks), (expected, expected_blocks) = ours(*arguments), others(*arguments)
-    assert (out.dtype, blocks.dtype) == (dtype, jnp.int32)
-    np.testing.assert_array_equal(blocks, expected_blocks)
-    close = functools.partial(np.testing.assert_allclose, atol=TOLERANCE[dtype], rtol=0)
-    close(*(x.astype(jnp.float32) for x in (out, expected)))
-    rest = (arguments[0], *arrays["selected"], positions)
-    out, expected = (
-        jax.jit(functools.partial(x.dense_step, scale=scale))(*rest) for x in (step, xla)
-    )
-    assert out.dtype == dtype
-    close(*(x.astype(jnp.float32) for x in (out, expected)))
-    return blocks
+    both = results(spec, jnp.asarray(positions, jnp.int32), dtype, scale)
+    for (out, *blocks), (expected, *expected_blocks) in both:
+        assert out.dtype == dtype
+        np.testing.assert_allclose(
+            out.astype(jnp.float32), expected.astype(jnp.float32), atol=TOLERANCE[dtype], rtol=0
+        )
+        for x, y in zip(blocks, expected_blocks, strict=True):
+            assert x.dtype == jnp.int32
+            np.testing.assert_array_equal(x, y)
+    return both[0][0][1]
 
 
 # Groups of 1, 3, 4 and 16 heads, values wider and narrower than keys, every geometry.
-@pytest.mark.parametrize("name", SMALL)
+# "even" and "equal_blocks" have what others have.
+@pytest.mark.parametrize("name", sorted(SMALL.keys() - {"even", "equal_blocks"}))
 def test_geometries(name):
     spec = SMALL[name]
     last = spec.length - 1
@@ -88,16 +93,15 @@ def test_every_kind_of_position():
     assert blocks[-1, 0].tolist() == [0, *blocks[-1, 0, 1:3].tolist(), 4, 5]
 
 
-@pytest.mark.parametrize("heads", [40, 64])
-def test_more_heads_than_a_program_takes(heads):
-    assert_agrees(ArgSpec(1, 70, heads, 1, 16, 16, TINY), [69])
+def test_more_heads_than_a_program_takes():
+    assert_agrees(ArgSpec(1, 70, 40, 1, 16, 16, TINY), [69])
 
 
-# Three entries a block, of which a step takes five blocks; one entry a block; sixteen, a step of
-# one block; blocks of selected tokens that are no multiple of a step.
+# Three entries a block, of which a step takes five blocks; sixteen, a step of one block; five, and
+# tokens of a block that are no multiple of a step.
 @pytest.mark.parametrize(
     "geometry",
-    [(8, 4, 12, 4, 1, 1), (16, 16, 16, 3, 0, 1), (6, 1, 16, 3, 1, 2), (8, 8, 40, 3, 2, 0)],
+    [(8, 4, 12, 4, 1, 1), (6, 1, 16, 3, 1, 2), (8, 8, 40, 3, 2, 0)],
     ids=lambda geometry: "_".join(map(str, geometry)),
 )
 def test_entries_of_a_block_and_blocks_of_a_step(geometry):
