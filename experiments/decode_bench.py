@@ -3,29 +3,36 @@ r"""How fast is the attention of one decoding step, NSA against dense, and what 
     python -m experiments.decode_bench --output=experiments/results/decode_h100
 
 First counts the tokens that a step of NSA loads, beside the paper's Table 4. Then times the
-attention of one step in bfloat16, over full caches of random data at every batch and length: "nsa"
-(three branches, the choice of blocks, gates), dense attention through cuDNN and XLA by
-jax.nn.dot_product_attention, and "dense_own", the dense step of NSA's own implementation.
+attention of one step in bfloat16, over full caches of random data at every length and batch: "nsa"
+(three branches, the choice of blocks, gates) and "nsa_xla", dense attention through cuDNN and XLA
+by jax.nn.dot_product_attention, and "dense_own", the dense step of NSA's own implementation.
 Projections and writes to the cache are no part of it. A time is a median over samples of many runs
-in a row, after a warm-up.
+in a row, after a warm-up. Last, for `--model_batches`, a step of a whole model of two wide layers,
+"model_nsa" and "model_dense": what the rest of a model leaves of the gain.
 
 Beside each time stands the speed at which the bytes that the step must read were read, and that
 speed over the bandwidth of a large copy, measured in the same run. The JSON file also has the time
-of the smallest program, by which short steps are bound, and the reason of each empty cell. Writes
-OUTPUT.csv, .json and .png after each length.
+of the smallest program, by which short steps are bound, and the reason of each empty cell, such as
+too little memory. Writes OUTPUT.csv and .json after each row, and .png after each length.
+
+The defaults are 24 caches of random data and two models. That is expected to take six minutes on an
+H100, most of them for compilation; `--shapes=paper` takes half of that. `--seconds=240` begins no
+other cache after so many.
 """
 
 import csv
 import importlib.util
+import itertools
 import json
 import os
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from experiments import decode_cases, timing
+from experiments import decode_cases, decode_model, timing
 from nsa_jax.ops import dispatch
 from tests.arg_specs import BENCHMARK
 
@@ -37,15 +44,21 @@ _IMPLEMENTATION = flags.DEFINE_enum(
     "of nsa and dense_own",
 )
 _SHAPES = flags.DEFINE_list("shapes", ["paper", "paper_192"], f"among {', '.join(BENCHMARK)}")
-_BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64"], "rows")
-_LENGTHS = flags.DEFINE_list("lengths", [str(2**i) for i in range(13, 18)], "tokens in the cache")
+_BATCHES = flags.DEFINE_list("batches", ["1", "16", "64", "128"], "rows")
+_LENGTHS = flags.DEFINE_list("lengths", ["65536", "8192", "131072"], "tokens in the cache")
+_MODEL_BATCHES = flags.DEFINE_list(
+    "model_batches", ["1", "16"], "rows of whole models, at the first of --shapes and --lengths"
+)
+_SECONDS = flags.DEFINE_float(
+    "seconds", None, "begin no other cache after so many; no limit by default", lower_bound=0.0
+)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "samples of each; the median counts", lower_bound=1)
 
 COLUMNS = ("shape", "batch", "length", "operation", "ms", "tokens", "gb_s", "of_copy")
 
 
 def write(output: Path, rows, record: dict) -> None:
-    """Writes the table, the record and, with matplotlib, the figure."""
+    """Writes the table and the record."""
     rows = timing.rounded(rows)
     output.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{output}.csv").open("w", newline="") as file:
@@ -55,8 +68,6 @@ def write(output: Path, rows, record: dict) -> None:
     faster = decode_cases.speedups(rows)
     everything = timing.rounded(record | {"nsa_faster_than_best_dense": faster}) | {"cases": rows}
     Path(f"{output}.json").write_text(json.dumps(everything, indent=2) + "\n")
-    if importlib.util.find_spec("matplotlib") and faster:
-        draw(rows, Path(f"{output}.png"))
 
 
 def draw(rows, path: Path) -> None:
@@ -64,10 +75,12 @@ def draw(rows, path: Path) -> None:
     from matplotlib.figure import Figure
 
     faster = decode_cases.speedups(rows)
+    if not faster:
+        return
     figure = Figure(figsize=(11, 4 * len(faster)), dpi=150, layout="constrained")
     grid = figure.subplots(len(faster), 2, squeeze=False)
     for (shape, batches), (left, right) in zip(faster.items(), grid, strict=True):
-        timed = [row for row in rows if row["shape"] == shape and "ms" in row]
+        timed = [row for row in rows if row["shape"] == shape and "tokens" in row]
         largest = max(batches)
         for name in dict.fromkeys(row["operation"] for row in timed):
             points = sorted(
@@ -107,6 +120,8 @@ def _line(row) -> str:
     head = f"{row['shape']:<10} {row['batch']:>5} {row['length']:>7} {row['operation']:<12}"
     if "ms" not in row:
         return f"{head} {row['reason']}"
+    if "tokens" not in row:
+        return f"{head} {row['ms']:>9.4f}"
     return (
         f"{head} {row['ms']:>9.4f} {row['tokens']:>8.0f} {row['gb_s']:>7.0f} {row['of_copy']:>7.2f}"
     )
@@ -119,7 +134,7 @@ def _check_flags(argv) -> None:
     for name in _SHAPES.value:
         if name not in BENCHMARK:
             raise app.UsageError(f"--shapes: {name!r} is none of {', '.join(BENCHMARK)}")
-    for flag, what in ((_BATCHES, "rows"), (_LENGTHS, "tokens")):
+    for flag, what in ((_BATCHES, "rows"), (_LENGTHS, "tokens"), (_MODEL_BATCHES, "rows")):
         for number in flag.value:
             if not number.isdigit() or int(number) < 1:
                 raise app.UsageError(f"--{flag.name}: {number!r} is no number of {what}")
@@ -159,18 +174,33 @@ def main(argv):
     head = f"{'shape':<10} {'batch':>5} {'length':>7} {'operation':<12}"
     print(f"{head} {'ms':>9} {'tokens':>8} {'GB/s':>7} {'/ copy':>7}", flush=True)
     rows = []
-    for shape in _SHAPES.value:
-        for length in map(int, _LENGTHS.value):
-            for batch in map(int, _BATCHES.value):
-                spec = decode_cases.at(BENCHMARK[shape], batch, length)
-                where = {"shape": shape, "batch": batch, "length": length}
-                for row in decode_cases.measure(
-                    spec, implementation, limits["copy_gb_s"], _REPEATS.value
-                ):
-                    rows.append(where | row)
-                    print(_line(rows[-1]), flush=True)
-            if _OUTPUT.value:
-                write(Path(_OUTPUT.value), rows, record)
+    for row in _measured(chosen, limits["copy_gb_s"]):
+        rows.append(row)
+        print(_line(row), flush=True)
+        if _OUTPUT.value:
+            write(Path(_OUTPUT.value), rows, record)
+            ended = row["operation"] in ("dense_jax", "model_dense")
+            if ended and importlib.util.find_spec("matplotlib"):
+                draw(timing.rounded(rows), Path(f"{_OUTPUT.value}.png"))
+
+
+def _measured(implementation: str, copy_gb_s: float):
+    """The rows of the table, one after another, until they have taken too long."""
+    start, repeats = time.monotonic(), _REPEATS.value
+    lengths, batches = (tuple(map(int, flag.value)) for flag in (_LENGTHS, _BATCHES))
+    attention = [("attention", *x) for x in itertools.product(_SHAPES.value, lengths, batches)]
+    models = [("model", _SHAPES.value[0], lengths[0], int(x)) for x in _MODEL_BATCHES.value]
+    for kind, shape, length, batch in attention + models:
+        if _SECONDS.value is not None and time.monotonic() - start > _SECONDS.value:
+            print(f"{shape:<10} {batch:>5} {length:>7} not begun: --seconds={_SECONDS.value:g}")
+            continue
+        spec = decode_cases.at(BENCHMARK[shape], batch, length)
+        if kind == "model":
+            rows = decode_model.measure(spec, implementation, repeats)
+        else:
+            rows = decode_cases.measure(spec, implementation, copy_gb_s, repeats)
+        for row in rows:
+            yield {"shape": shape, "batch": batch, "length": length} | row
 
 
 if __name__ == "__main__":

@@ -28,17 +28,21 @@ CACHES = ("compressed", "selected", "window")
 def cases(spec: ArgSpec, implementation: str) -> dict[str, timing.Case]:
     """The steps that are timed, by name; their arguments are those of `inputs`.
 
-    nsa: the three branches, the choice of blocks and the gates. dense_cudnn and dense_jax: full
-    attention through jax.nn.dot_product_attention. dense_own: through the dense step of the
-    implementation that nsa has.
+    nsa: the three branches, the choice of blocks and the gates; nsa_xla: the same in XLA, unless
+    that is the implementation. dense_cudnn and dense_jax: full attention through
+    jax.nn.dot_product_attention. dense_own: through the dense step of the implementation that nsa
+    has.
     """
     scale = spec.head_dim**-0.5
     equal = "padded" if spec.v_head_dim < spec.head_dim else "selected"
 
-    def nsa(q, gates, positions, *caches):
-        step = (q, q, *caches, gates, positions)
-        sizes = branches.selection_sizes(spec.nsa)
-        return dispatch.run("sparse_step", implementation, *step, scale=scale, **sizes)
+    def nsa_of(name):
+        def run(q, gates, positions, *caches):
+            step = (q, q, *caches, gates, positions)
+            sizes = branches.selection_sizes(spec.nsa)
+            return dispatch.run("sparse_step", name, *step, scale=scale, **sizes)
+
+        return run
 
     def dense_own(q, positions, key_value):
         return dispatch.run("dense_step", implementation, q, *key_value, positions, scale=scale)
@@ -53,8 +57,10 @@ def cases(spec: ArgSpec, implementation: str) -> dict[str, timing.Case]:
     def case(function, *caches):
         return timing.Case(function, ("q", *caches), 0)
 
-    return {
-        NSA: case(nsa, "gates", "positions", *CACHES),
+    nsa = {NSA: case(nsa_of(implementation), "gates", "positions", *CACHES)}
+    if implementation != "xla":
+        nsa["nsa_xla"] = case(nsa_of("xla"), "gates", "positions", *CACHES)
+    return nsa | {
         "dense_own": case(dense_own, "positions", "selected"),
         "dense_cudnn": case(of_jax("cudnn"), "positions", equal),
         "dense_jax": case(of_jax("xla"), "positions", equal),
@@ -114,15 +120,23 @@ def table_4(implementation: str, nsa: NSAConfig | None = None) -> list[dict]:
 
     The count depends on the geometry alone, so that zeros in one narrow head will do.
     """
-    rows = []
-    for length, paper in PAPER_TOKENS.items():
+    rows, traced, given = [], {}, {}
+    for length in PAPER_TOKENS:
         spec = ArgSpec(1, length, 1, 1, 16, 16, nsa or NSAConfig())
         step = cases(spec, implementation)[NSA]
         shapes = jax.eval_shape(inputs(spec))
-        arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        arrays["positions"] += length - 1
-        _, blocks = jax.jit(step.function)(*(arrays[x] for x in step.arguments))
-        tokens = loaded(spec, blocks)
+        given[length] = spec, tuple(shapes[x] for x in step.arguments)
+        traced[length] = timing.trace_forward(step, given[length][1])
+    for length, function in timing.compiled(traced).items():
+        if isinstance(function, str):
+            raise RuntimeError(f"the step at {length} tokens: {function}")
+        spec, shapes = given[length]
+        # Of the arguments the positions alone are integers.
+        last = {False: 0, True: length - 1}
+        zeros = jax.tree.map(
+            lambda x, last=last: jnp.full(x.shape, last[x.dtype == jnp.int32], x.dtype), shapes
+        )
+        tokens, paper = loaded(spec, function(*zeros)[1]), PAPER_TOKENS[length]
         rows.append(
             {
                 "length": length,
@@ -167,7 +181,7 @@ def measure(
             yield {"operation": name, "reason": result}
             continue
         (milliseconds, *_), out = result
-        tokens = loaded(spec, out[1]) if name == NSA else spec.length
+        tokens = spec.length if name.startswith("dense") else loaded(spec, out[1])
         speed = least_bytes(spec, tokens, shapes["q"].dtype.itemsize) / milliseconds / 1e6
         yield {
             "operation": name,
@@ -201,7 +215,9 @@ def speedups(rows) -> dict[str, dict[int, dict[int, float]]]:
         beside = [
             x["ms"]
             for x in rows
-            if x["operation"] != NSA and "ms" in x and all(x[y] == row[y] for y in where)
+            if x["operation"].startswith("dense")
+            and "ms" in x
+            and all(x[y] == row[y] for y in where)
         ]
         if beside:
             batches = found.setdefault(row["shape"], {}).setdefault(row["batch"], {})

@@ -26,8 +26,8 @@ KERNELS: dict[str, dict[str, str]] = {
         "mosaic_gpu": "pallas_kernels.mosaic_gpu.selected:selected_attention",
         "triton": "pallas_kernels.triton.selected:selected_attention",
     },
-    "sparse_step": {},
-    "dense_step": {},
+    "sparse_step": {"triton": "pallas_kernels.triton.step:sparse_step"},
+    "dense_step": {"triton": "pallas_kernels.triton.step:dense_step"},
 }
 
 

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import DenseAttention, NSAConfig, native_sparse_attention
+from nsa_jax import DenseAttention, NativeSparseAttention, NSAConfig, native_sparse_attention
 from nsa_jax.ops import dispatch, reference
-from nsa_jax.ops.branches import compressed_attention, select_blocks
+from nsa_jax.ops.branches import compressed_attention, select_blocks, selection_sizes
 from nsa_jax.training import parallel
 from nsa_jax.training.setup import prepare
 from tests.arg_specs import HOPPER, SMALL, ArgSpec, random_inputs
+from tests.ops.decode_test import step_arguments
 from tests.training import tiny_run
 
 pytestmark = pytest.mark.gpu
@@ -276,6 +277,117 @@ def test_auto_takes_the_kernels_of_this_device():
     assert {operation: entry["chosen"] for operation, entry in record.items()} == dict.fromkeys(
         dispatch.OPERATIONS, "mosaic_gpu" if hopper else "triton"
     )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
+def step_and_dense(arrays, positions, spec, implementation):
+    """The outputs and blocks of a sparse step, and the outputs of a dense one."""
+    arguments = step_arguments(spec, arrays, positions)
+    scale, sizes = spec.head_dim**-0.5, selection_sizes(spec.nsa)
+    out, blocks = dispatch.run("sparse_step", implementation, *arguments, scale=scale, **sizes)
+    rest = (arguments[0], *arrays["selected"], positions)
+    return out, dispatch.run("dense_step", implementation, *rest, scale=scale), blocks
+
+
+STEPS = SMALL | {
+    "paper": ArgSpec(3, 8192, 16, 1, 128, 128, NSAConfig()),
+    "one_head": ArgSpec(3, 3000, 2, 2, 64, 64, NSAConfig()),
+    "sixty_four_heads": ArgSpec(2, 3000, 64, 1, 192, 128, NSAConfig()),
+    "256_features": ArgSpec(2, 3000, 32, 2, 256, 256, NSAConfig(16, 16, 64)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_agree_with_xla(name):
+    """At the end, in the middle and at the first tokens, in every dtype; the same bits twice."""
+    spec = STEPS[name]
+    for dtype in DTYPES["triton"]:
+        arrays = jax.jit(functools.partial(random_inputs, spec, dtype=dtype))()
+        for first in (spec.length - 1, spec.length // 2, 5):
+            positions = jnp.maximum(first - 7 * jnp.arange(spec.batch), 0)
+            *actual, blocks = step_and_dense(arrays, positions, spec, "triton")
+            *expected, expected_blocks = step_and_dense(in_float32(arrays), positions, spec, "xla")
+            assert all(x.dtype == dtype for x in actual)
+            # The scores of 16-bit inputs are exact products, summed in float32 here and there.
+            same = (blocks == expected_blocks).all(axis=-1)
+            assert bool(same.all()), f"{dtype.__name__} at {positions}: {blocks} {expected_blocks}"
+            assert_close(actual, expected, TOLERANCE[dtype])
+            again = step_and_dense(arrays, positions, spec, "triton")
+            chex.assert_trees_all_equal(again, (*actual, blocks))
+
+
+def test_steps_read_nothing_of_the_future():
+    spec, positions = STEPS["paper"], jnp.array([8000, 4095, 20])
+    q, q_compressed, compressed, selected, *rest = step_arguments(
+        spec, random_inputs(spec, dtype=jnp.bfloat16), positions
+    )
+    scale, sizes = spec.head_dim**-0.5, selection_sizes(spec.nsa)
+
+    @jax.jit
+    def run(compressed, selected):
+        step = (q, q_compressed, compressed, selected, *rest)
+        dense = dispatch.run("dense_step", "triton", q, *selected, positions, scale=scale)
+        return dispatch.run("sparse_step", "triton", *step, scale=scale, **sizes), dense
+
+    def poison(x, end):
+        hidden = jnp.arange(x.shape[1]) >= end[:, None]
+        return jnp.where(hidden[:, :, None, None], jnp.nan, x)
+
+    complete = jnp.maximum((positions - 31) // 16 + 1, 0)
+    poisoned = (
+        jax.tree.map(lambda x: poison(x, complete), compressed),
+        jax.tree.map(lambda x: poison(x, positions + 1), selected),
+    )
+    chex.assert_trees_all_equal(run(*poisoned), run(compressed, selected))
+
+
+@pytest.mark.parametrize("layer", [NativeSparseAttention, DenseAttention])
+def test_chunks_and_scanned_steps_are_the_forward_pass_of_training(layer):
+    """Two chunks of a prompt, then steps in lax.scan: outputs, and where there are any, blocks."""
+    implementation = {} if layer is DenseAttention else {"implementation": "triton"}
+    options = {} if layer is DenseAttention else {"nsa": NSAConfig()}
+    layer = layer(16, 1, 64, **options, **implementation)
+    x = jax.random.normal(jax.random.key(0), (2, 700, 128))
+    params = {"params": layer.init(jax.random.key(1), x[:, :40])["params"]}
+    apply = functools.partial(layer.apply, params, mutable="intermediates")
+
+    def chosen(state):
+        return state.get("intermediates", {}).get("block_indices")
+
+    @jax.jit
+    def decode(x):
+        cache, found = layer.init_cache(2, 768), []
+        for chunk in (x[:, :300], x[:, 300:600]):
+            (out, cache), state = apply(chunk, cache=cache)
+            found.append((out, chosen(state)))
+
+        def step(cache, token):
+            (out, cache), state = apply(token[:, None], cache=cache)
+            return cache, jax.tree.map(lambda x: x[:, 0], (out, chosen(state)))
+
+        _, steps = jax.lax.scan(step, cache, jnp.moveaxis(x[:, 600:], 1, 0))
+        found.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), steps))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *found)
+
+    out, blocks = decode(x)
+    expected, state = jax.jit(apply)(x)
+    assert_close(out, expected, TOLERANCE[jnp.float32])
+    chex.assert_trees_all_equal_structs(blocks, chosen(state))
+    # Two ways to sum: where two blocks are as good as equal, either may win.
+    same = jax.tree.map(lambda a, b: (a == b).all(axis=-1).mean(), blocks, chosen(state))
+    assert all(float(x) > 0.999 for x in jax.tree.leaves(same))
+    chex.assert_trees_all_equal(decode(x), (out, blocks))
+
+
+def test_auto_takes_the_kernels_of_steps():
+    spec = STEPS["paper"]
+    arrays = jax.eval_shape(functools.partial(random_inputs, spec, dtype=jnp.bfloat16))
+    positions = jax.ShapeDtypeStruct((spec.batch,), jnp.int32)
+    arguments = jax.eval_shape(functools.partial(step_arguments, spec), arrays, positions)
+    sizes = selection_sizes(spec.nsa)
+    assert dispatch.resolve("sparse_step", "auto", *arguments, scale=0.1, **sizes)[0] == "triton"
+    dense = (arguments[0], *arguments[3], positions)
+    assert dispatch.resolve("dense_step", "auto", *dense, scale=0.1)[0] == "triton"
 
 
 def train(implementation, dtype="bfloat16"):

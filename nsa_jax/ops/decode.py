@@ -132,15 +132,15 @@ def dense_attention_cached(
 ) -> tuple[Float[Array, "B T N V"], DenseCache]:
     """As `sparse_attention_cached`, for full causal attention; see `nsa_jax.ops.dense`.
 
-    Of one token, one `dense_step` where cuDNN is not asked for or cannot run.
+    Of one token, one `dense_step`, unless cuDNN is asked for by name.
     """
     counts = cache.check_chunk(q, past, counts)
     counts, lost = cache.kept_and_lost(past, counts, q.shape[1])
     now = cache.append_dense(past, new, counts)
     q_positions = _positions(past, q.shape[1])
     features = max(x.shape[-1] for x in (q, *now.tokens))
-    name = dense.resolve(implementation, q.dtype, features)
-    if q.shape[1] == 1 and name == "xla":
+    dense.resolve(implementation, q.dtype, features)  # raises for what cannot run
+    if q.shape[1] == 1 and implementation != "cudnn":
         step = (q[:, 0], *now.tokens, q_positions[:, 0])
         out = dispatch.run("dense_step", implementation, *step, scale=q.shape[-1] ** -0.5)[:, None]
     else:

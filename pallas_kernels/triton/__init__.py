@@ -4,6 +4,9 @@
     selected.py   selected_attention: tiles of queries walk the union of the blocks they selected
     lists.py      those unions
     blocks.py     select_blocks: compressed probabilities made anew and ranked on chip
+    step.py       sparse_step, dense_step: a decoding step in parts, joined in their order
+    parts.py      those parts, on the device
+    choice.py     the blocks that a step selects, from what its compressed parts leave
     common.py     what the kernels share on the device
     launch.py     the one call of jax-triton, and what is refused
     tuning.py     tile sizes, warps and stages by device, dims and dtype

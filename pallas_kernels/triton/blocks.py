@@ -86,7 +86,7 @@ def _sum_slots(p, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, QUERIES: tl.constex
 
 
 @triton.jit
-def _ranks(
+def block_ranks(
     scores, block, own, first, NUM_BLOCKS: tl.constexpr, INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +188,7 @@ def _kernel(
             carried = following  # what its column 0 holds is for the next step's
         else:
             scores = carried
-        ranks = _ranks(scores, start + column, own, first, NUM_BLOCKS, INITIAL, LOCAL)
+        ranks = block_ranks(scores, start + column, own, first, NUM_BLOCKS, INITIAL, LOCAL)
         best = _merged(best, ranks, BEST, QUERIES, BLOCKS)
     _store_blocks(out, best, batch, group, tile, T, K, NUM, BEST, QUERIES)
 

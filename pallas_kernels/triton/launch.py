@@ -119,6 +119,17 @@ def refusal(operation: str, *args, **kwargs) -> str | None:
             or _count_refusal(kwargs["num_selected_blocks"])
             or _room_refusal(q, k, kind)
         )
+    if operation == "sparse_step":
+        q, q_compressed, *caches = args[:5]
+        reasons = (
+            _arrays_refusal({"q": q, "q_compressed": q_compressed, "k": k, "v": v})
+            for k, v in caches
+        )
+        return (
+            next(filter(None, reasons), None)
+            or _count_refusal(kwargs["num_selected_blocks"])
+            or _strides_refusal(q, caches[0][1], kwargs)
+        )
     reason = _arrays_refusal(dict(zip(("q", "k", "v"), args, strict=False)))
     if reason is None and operation == "selected_attention":
         reason = _count_refusal(args[3].shape[-1])
@@ -146,6 +157,21 @@ def _arrays_refusal(arrays):
 def _count_refusal(num_selected):
     if not 1 <= num_selected <= MOST_SELECTED:
         return f"triton selects 1 to {MOST_SELECTED} blocks, not {num_selected}."
+    return None
+
+
+def _strides_refusal(q, v, sizes):
+    """A step over compressed entries takes whole selection blocks."""
+    from pallas_kernels.triton import tuning
+
+    dims = {"head_dim": q.shape[-1], "v_head_dim": v.shape[-1]}
+    most = tuning.lookup("step", **dims, dtype=q.dtype).keys
+    if sizes["select_block_size"] > most * sizes["compress_stride"]:
+        return (
+            f"triton's sparse_step takes selected blocks of up to {most} strides, and "
+            f"{sizes['select_block_size']} tokens are more than {most} of "
+            f"{sizes['compress_stride']}."
+        )
     return None
 
 

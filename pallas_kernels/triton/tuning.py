@@ -20,7 +20,7 @@ class Tuning:
     """How one kernel is cut and compiled.
 
     Attributes:
-      rows: query rows (a query head of a query) a tile.
+      rows: query rows (a query head of a query) a tile; of a step, the most heads a program.
       keys: keys a step; of the kernels for dk and dv, keys a tile.
       num_warps: warps a program.
       num_stages: depth of the software pipeline over the steps.
@@ -43,7 +43,18 @@ KERNELS = (
     "selected_dq",
     "selected_dkv",
     "select_blocks",
+    "step",
+    "step_selected",
 )
+
+#: Programs that a step cuts its rows into, if they have as many steps: two rounds of what a large
+#: chip runs at a time. Of those that choose blocks fewer, since each of them does.
+ENOUGH_PARTS = 528
+ENOUGH_CHOICES = 264
+
+#: Numbers that the programs that choose blocks, and those that join parts, hold at a time.
+CHOSEN_AT_ONCE = 8192
+JOINED_AT_ONCE = 8192
 
 #: Shared memory that a program may have, bytes, by compute capability: the kinds of device that
 #: the table tells apart.
@@ -63,6 +74,8 @@ _AMPERE = {
     "selected_dq": ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 2)),
     "selected_dkv": ((64, 64, 4, 2), (32, 64, 4, 2), (16, 64, 8, 1)),
     "select_blocks": ((128, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
+    "step": ((32, 64, 4, 3), (32, 64, 4, 2), (32, 32, 4, 2)),
+    "step_selected": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
 }
 _SMALL_AMPERE = _AMPERE | {
     "interval_dq": ((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2)),
@@ -81,6 +94,8 @@ _HOPPER = {
     "selected_dq": ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 2)),
     "selected_dkv": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
     "select_blocks": ((128, 64, 4, 2), (128, 64, 4, 2), (64, 64, 4, 2)),
+    "step": ((32, 64, 4, 4), (32, 64, 4, 3), (32, 32, 4, 3)),
+    "step_selected": ((64, 64, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3)),
 }
 _BLACKWELL = _HOPPER | {
     "interval_dkv": ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 8, 2)),
@@ -97,6 +112,8 @@ _FLOAT32 = {
     "selected_dq": ((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     "selected_dkv": ((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     "select_blocks": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+    "step": ((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
+    "step_selected": ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
 }
 
 
@@ -153,3 +170,11 @@ def lookup(kernel: str, *, head_dim: int, v_head_dim: int, dtype) -> Tuning:
     size = max(head_dim, v_head_dim)
     features = next(f for f in FEATURES if size <= f)
     return TABLE[kernel, device_class(capability), features, 8 * dtype.itemsize]
+
+
+def parts(steps: int, programs: int, enough: int) -> int:
+    """How many parts the steps of each program are cut into, for there to be enough programs.
+
+    It follows from static shapes: the same shapes give the same sums, whatever the rows hold.
+    """
+    return max(min(-(-enough // programs), steps), 1)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import decode_cases
+from experiments import decode_cases, decode_model
 from nsa_jax.config import NSAConfig
 from tests.arg_specs import ArgSpec
 
@@ -33,7 +33,7 @@ def run(*arguments):
 
 def test_it_counts_measures_and_writes(tmp_path):
     output = tmp_path / "results" / "decode"
-    where = ("--shapes=tiny", "--batches=1,2", "--lengths=64")
+    where = ("--shapes=tiny", "--batches=1,2", "--lengths=64", "--model_batches=")
     done = run(*where, "--repeats=1", f"--output={output}")
     assert done.returncode == 0, done.stderr
     record = json.loads(Path(f"{output}.json").read_text())
@@ -62,6 +62,13 @@ def test_it_counts_measures_and_writes(tmp_path):
     assert Path(f"{output}.png").exists()
 
 
+def test_nothing_begins_too_late():
+    where = ("--shapes=tiny", "--batches=1", "--lengths=64", "--model_batches=1")
+    done = run(*where, "--repeats=1", "--seconds=0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("not begun: --seconds=0") == 2
+
+
 def test_mistakes_are_sentences():
     done = run("--shapes=huge")
     assert "'huge' is none of paper" in done.stdout + done.stderr
@@ -83,6 +90,20 @@ def test_the_dense_steps_are_the_same_attention():
     np.testing.assert_allclose(own, of_jax, atol=1e-5)
 
 
+def test_whole_models_step():
+    sizes = {"num_layers": 1, "model_dim": 16, "mlp_dim": 8, "vocab_size": 11}
+    found = list(decode_model.measure(SPEC, "xla", 1, sizes))
+    assert [row["operation"] for row in found] == ["model_nsa", "model_dense"]
+    assert all(row["ms"] > 0 for row in found)
+    short = decode_cases.at(SPEC, 2, 32)
+    for row in decode_model.measure(short, "xla", 1, sizes):
+        assert row["reason"] == "a cache of 32 tokens has no room for 32 steps"
+
+
+def test_another_implementation_is_timed_beside_xla():
+    assert list(decode_cases.cases(SPEC, "auto"))[:2] == ["nsa", "nsa_xla"]
+
+
 def test_what_a_step_must_read_by_hand():
     blocks = np.array([[[0, 3, 4], [0, 3, 4]], [[0, 4, -1], [3, 4, -1]]])
     # 18 complete blocks of 8 at stride 4 in 77 tokens, 20 of the window, 3 or 2 blocks of 16.
@@ -97,6 +118,7 @@ def test_speedups_are_over_the_fastest_dense_step():
 
     rows = [
         *(row("nsa", ms=2.0), row("dense_own", ms=10.0), row("dense_jax", ms=6.0)),
+        *(row("nsa_xla", ms=1.0), row("model_dense", ms=1.0)),
         *(row("dense_cudnn", reason="no"), row("nsa", 2, ms=1.0), row("dense_own", 2, reason="no")),
         *(row("nsa", 3, reason="no memory"), row("dense_own", 3, ms=1.0)),
     ]

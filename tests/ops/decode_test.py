@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from nsa_jax import NativeSparseAttention, NSAConfig, UnsupportedError
-from nsa_jax.ops import branches, decode, dispatch, reference
+from nsa_jax import DenseAttention, NativeSparseAttention, NSAConfig, UnsupportedError
+from nsa_jax.ops import branches, decode, dense, dispatch, reference, xla
 from nsa_jax.typing import KeyValue
 from tests.arg_specs import SMALL, random_inputs
 
@@ -146,11 +146,36 @@ def test_the_compiled_step_grows_with_the_entries_alone():
     assert temporary[1] - temporary[0] < tokens / 4
 
 
-def test_who_cannot_step_says_so():
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="Triton runs on GPUs.")
+@pytest.mark.parametrize(
+    ("implementation", "reason"),
+    [
+        ("triton", "'triton': triton needs an NVIDIA GPU since Ampere, and JAX runs on cpu here"),
+        ("mosaic_gpu", "'mosaic_gpu': there is no mosaic_gpu kernel for sparse_step"),
+    ],
+)
+def test_who_cannot_step_says_so(implementation, reason):
     spec = SMALL["ragged"]
-    layer = NativeSparseAttention(4, 2, 8, nsa=spec.nsa, implementation="triton")
+    layer = NativeSparseAttention(4, 2, 8, nsa=spec.nsa, implementation=implementation)
     x = jnp.zeros((1, 1, 16))
     cache = layer.init_cache(1, 32)
-    with pytest.raises(UnsupportedError, match="'triton': there is no triton kernel for sparse_st"):
+    with pytest.raises(UnsupportedError, match=reason):
         jax.eval_shape(lambda: layer.init(jax.random.key(0), x, cache=cache))
+
+
+@pytest.mark.parametrize("layer", [NativeSparseAttention, DenseAttention])
+def test_auto_steps_through_what_dispatch_finds(layer, monkeypatch):
+    """Whatever cuDNN could run: a step of a dense layer is an operation as well."""
+    asked = []
+
+    def run(operation, implementation, *arguments, **keywords):
+        asked.append((operation, implementation))
+        return getattr(xla, operation)(*arguments, **keywords)
+
+    monkeypatch.setattr(dispatch, "run", run)
+    monkeypatch.setattr(dense, "cudnn_refusal", lambda *_, **__: None)
+    layer, x = layer(4, 2, 8), jnp.zeros((1, 1, 16))
+    cache = layer.init_cache(1, 32)
+    jax.eval_shape(lambda: layer.init(jax.random.key(0), x, cache=cache))
+    assert asked in ([("sparse_step", "auto")], [("dense_step", "auto")])
     assert set(dispatch.explain("auto")) == set(dispatch.OPERATIONS), "steps are no training"

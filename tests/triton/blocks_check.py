@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import triton.language as tl
-from triton.runtime.interpreter import ReduceOps
 
 from nsa_jax.config import NSAConfig
 from nsa_jax.ops import compression, xla
@@ -36,20 +34,6 @@ def few_programs_of_several_steps():
     """The interpreter takes its time over each step of each program."""
     with tuning.override(select_blocks=tuning.Tuning(512, 32, 4, 1)):
         yield
-
-
-@pytest.fixture(autouse=True)
-def xor_by_numpy(monkeypatch):
-    """Sorting in Triton is full of these, and the interpreter reduces element by element."""
-    slow = ReduceOps.apply_impl
-
-    def apply_impl(self, input):
-        if self.combine_fn is not tl.standard._xor_combine:
-            return slow(self, input)
-        data = np.bitwise_xor.reduce(input[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
-        return self.to_tensor(data, input[0].dtype)
-
-    monkeypatch.setattr(ReduceOps, "apply_impl", apply_impl)
 
 
 def visible(positions, documents, nsa):

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels.triton import blocks, interval, launch, selected, tuning
+from pallas_kernels.triton import blocks, interval, launch, selected, step, tuning
 
 DTYPES = {16: jnp.bfloat16, 32: jnp.float32}
 POINTERS = {"bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
@@ -77,7 +77,26 @@ def select_blocks(features, dtype):
     )
 
 
-OPERATIONS = (interval_attention, selected_attention, select_blocks)
+def sparse_step(features, dtype, heads=HEADS, groups=GROUPS):
+    def of_row(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct((128, *shape), dtype)
+
+    def cache(length):
+        return (of_row(length, groups, features),) * 2
+
+    q, gates = of_row(heads, features), of_row(heads, 3)
+    caches = (cache(LENGTH // 16 - 1), cache(LENGTH), cache(512))
+    run = functools.partial(step.sparse_step, scale=features**-0.5, **GEOMETRY)
+    jax.eval_shape(run, q, q, *caches, gates, of_row(dtype=jnp.int32))
+
+
+def dense_step(features, dtype, heads=HEADS, groups=GROUPS):
+    q, k = (jax.ShapeDtypeStruct((1, *x, features), dtype) for x in ((heads,), (LENGTH, groups)))
+    run = functools.partial(step.dense_step, scale=features**-0.5)
+    jax.eval_shape(run, q, k, k, jax.ShapeDtypeStruct((1,), jnp.int32))
+
+
+OPERATIONS = (interval_attention, selected_attention, select_blocks, sparse_step, dense_step)
 
 
 def launches_of(operation, capability, features, bits):
@@ -135,8 +154,25 @@ def compile_launch(capability, kernel, arrays, options):
     )
 
 
+# Steps compile to the same instructions on all devices, so that equal tiles need the same room. For
+# 128 features every device's are compiled all the same.
+ONCE_IS_ENOUGH = {
+    (operation, capability, features, bits)
+    for operation in ("sparse_step", "dense_step")
+    for features in (64, 256)
+    for capability, bits in ((100, 16), (100, 32), (90, 32))
+}
+
 # Where no tiles fit; `launch.refusal` says so.
 IMPOSSIBLE = {("select_blocks", 86, 256, 32)}
+
+
+def test_steps_that_are_not_compiled_have_the_tiles_of_others():
+    for _, capability, features, bits in ONCE_IS_ENOUGH:
+        compiled = 90 if bits == 16 else 80
+        for kernel in ("step", "step_selected"):
+            tiles = tuning.TABLE[kernel, capability, features, bits]
+            assert tiles == tuning.TABLE[kernel, compiled, features, bits]
 
 
 def test_the_table_is_complete():
@@ -156,7 +192,7 @@ def test_the_kernels_fit_every_device(operation, features, bits):
     """sm_86 takes the matrix instructions of sm_80, so that what it needs is compiled for that."""
     shared = {}
     for capability in tuning.SHARED_MEMORY:
-        if (operation.__name__, capability, features, bits) in IMPOSSIBLE:
+        if (operation.__name__, capability, features, bits) in IMPOSSIBLE | ONCE_IS_ENOUGH:
             continue
         target = 80 if capability == 86 else capability
         for kernel, arrays, options in launches_of(operation, capability, features, bits)[0]:
@@ -169,6 +205,7 @@ def test_the_kernels_fit_every_device(operation, features, bits):
 
 def large_group_of_odd_blocks(features, dtype):
     selected_attention(features, dtype, block_size=48, groups=1)
+    sparse_step(features, dtype, groups=1)
 
 
 @pytest.mark.parametrize(("capability", "bits"), [(86, 16), (86, 32), (90, 16)])

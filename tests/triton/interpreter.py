@@ -5,6 +5,7 @@ importing a kernel, in a process of its own. The interpreter multiplies bfloat16
 and float16 are right.
 """
 
+import sys
 import threading
 
 import jax
@@ -13,7 +14,7 @@ import jax_triton
 import numpy as np
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import interpreter_semantic
+from triton.runtime.interpreter import ReduceOps, interpreter_semantic
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pallas_kernels.triton import launch, tuning
@@ -80,7 +81,9 @@ def interpreted_launch(kernel, *operands, out_type, grid, num_warps, num_stages,
     """Takes the place of `launch.launch`. Outputs start as NaN, or as a large integer."""
     del num_warps, num_stages
     leaves, tree = jax.tree.flatten(out_type)
-    kernel.fn.__globals__.setdefault("range", tensor_range)
+    for name, module in list(sys.modules.items()):  # a kernel's parts may lie in several
+        if name.startswith("pallas_kernels.triton."):
+            vars(module).setdefault("range", tensor_range)
 
     def operand(array, given):
         tensor = HostTensor(array)
@@ -106,12 +109,27 @@ def interpreted_launch(kernel, *operands, out_type, grid, num_warps, num_stages,
     return jax.tree.unflatten(tree, outputs)
 
 
+_slow_reduction = ReduceOps.apply_impl
+
+
+def reduction(self, input):
+    """A reduction, where it is xor by NumPy.
+
+    Sorting in Triton is full of these, and the interpreter reduces element by element.
+    """
+    if self.combine_fn is not tl.standard._xor_combine:
+        return _slow_reduction(self, input)
+    data = np.bitwise_xor.reduce(input[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
+    return self.to_tensor(data, input[0].dtype)
+
+
 def install(capability: float = 9.0, **tunings: tuning.Tuning):
     """Makes every launch an interpreted one, as if on a GPU of this compute capability."""
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("start Python with TRITON_INTERPRET=1 in its environment")
     launch.launch = interpreted_launch
     launch.device = lambda: ("interpreter", capability)
+    ReduceOps.apply_impl = reduction
     tuning._overrides.update(tunings)
 
 
