@@ -9,8 +9,8 @@ trial give it a larger corpus; the standard library is read a dozen times over:
 
     --config.data.name=text --config.data.path=FOLDER
 
-Cost: one H100 80GB takes about 240,000 tokens a second, attention by Mosaic GPU kernels: 9 minutes for
-the 131 million tokens of 2000 updates. 86.2 million parameters.
+Cost: one H100 80GB takes about 240,000 tokens a second, attention by Mosaic GPU kernels: 9 minutes
+for the 131 million tokens of 2000 updates. 86.2 million parameters.
 Expected: not run to the end yet. With --config.steps=150 --config.optimizer.warmup_steps=20, the
 batch of update 90 had 2.86 bits per byte, and 3.19 in small_gpu_dense.py.
 
