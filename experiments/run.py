@@ -1,0 +1,213 @@
+r"""Runs a suite of ablations: every variant with every seed, then tables, verdict and figures.
+
+    python -m experiments.run --list
+    python -m experiments.run --suite=recall --scale=cpu --seeds=0,1,2 --workdir=runs/ablations
+
+WORKDIR/SUITE_SCALE/ then holds, for each variant and seed, run.json (what ran, on what, and what
+was measured) and metrics.jsonl; results/ gathers all of it in few files, see `experiments.report`.
+What is finished is skipped, and what was killed is done again from its own start: a run depends on
+its configuration and seed alone, so that the numbers are those of an uninterrupted command.
+
+--only=nsa,full runs a part of the variants. --overrides=steps=3,model.num_layers=1 changes keys of
+configs/default.py for all variants: trials of a few steps. They are other runs, which need a workdir
+of their own.
+"""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from experiments import draw, report, training
+from experiments.suite import SCALES, Scale, Suite
+from experiments.suites import SUITES
+from nsa_jax.ops import dense, dispatch
+from nsa_jax.training import environment, seeds
+from nsa_jax.training import workdir as workdir_lib
+from nsa_jax.training.errors import RunError
+from nsa_jax.training.workdir import Workdir
+
+_SUITE = flags.DEFINE_enum("suite", None, list(SUITES), "which suite to run")
+_SCALE = flags.DEFINE_enum("scale", "cpu", SCALES, "how large")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "of parameters and data")
+_WORKDIR = flags.DEFINE_string("workdir", None, "where runs and results go")
+_ONLY = flags.DEFINE_list("only", None, "names of variants; all of them if not given")
+_OVERRIDES = flags.DEFINE_string("overrides", "", "dotted keys and values: steps=3,log_every=1")
+_LIST = flags.DEFINE_bool("list", False, "show the suites with what they ask and cost, and leave")
+
+
+def run_suite(
+    suite: Suite,
+    scale: str,
+    run_seeds: list[int],
+    workdir: Path,
+    *,
+    only: list[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Trains and measures what is not finished yet, and writes the results.
+
+    Args:
+      suite: what to run.
+      scale: one of the suite's.
+      run_seeds: seeds of parameters and data.
+      workdir: holds a folder for each suite and scale.
+      only: names of variants; all if None.
+      overrides: dotted keys of configs/default.py, put over all variants.
+      command: told in the results.
+
+    Returns:
+      The verdicts, see `report.summarise`.
+
+    Raises:
+      ConfigError: if a configuration is wrong.
+      ValueError: if there is no such variant.
+      RunError: if a folder is in use or holds another run, or a loss is not finite.
+    """
+    at: Scale = suite.scales[scale]
+    names = list(at.variants) if only is None else only
+    for name in names:
+        if name not in at.variants:
+            raise ValueError(f"variant={name!r} must be one of {', '.join(at.variants)}")
+    folder = Path(workdir).expanduser() / f"{suite.name}_{scale}"
+    configs = {
+        name: training.settings(at.base, at.variants[name].overrides, overrides or {})
+        for name in names
+    }
+    plans = {name: training.Plan(configs[name], at.variants[name]) for name in names}
+    for name, plan in plans.items():
+        for seed in run_seeds:
+            config = configs[name] | {"seed": seed, "variant": at.variants[name].identity()}
+            _run(suite, plan, config, seed, folder / name / f"seed_{seed}")
+    asked = {
+        "name": suite.name,
+        "scale": scale,
+        "hypothesis": suite.hypothesis,
+        "metric": suite.metric,
+        "larger_is_better": suite.larger_is_better,
+        "claims": [{"better": claim.better, "worse": claim.worse} for claim in suite.claims],
+        "figures": list(suite.figures),
+        "variants": names,
+        "seeds": run_seeds,
+        "command": command,
+    }
+    results = report.collect(folder, asked)
+    verdicts = report.summarise(results)
+    draw.all_figures(results)
+    print(f"{suite.name}: {verdicts['verdict']}; written to {results}", flush=True)
+    return verdicts
+
+
+def _run(suite: Suite, plan: training.Plan, config: Mapping, seed: int, folder: Path) -> None:
+    """Does one run of one seed, unless it is finished."""
+    fingerprint = plan.pipeline(seed).fingerprint
+    place = Workdir(folder, workdir_lib.identity(config, fingerprint, plan.parameters))
+    try:
+        if place.finished:
+            return
+        place.record_start(_facts(plan, seed))
+        rows = []
+        started = time.perf_counter()
+        trained = plan.train(seed, lambda step, row: rows.append({"step": step, **row}))
+        trained_at = time.perf_counter()
+        found = {}
+        for measure in suite.measures:
+            found |= measure(trained)
+        arrays = {name: x for name, x in found.items() if isinstance(x, np.ndarray)}
+        measured = {name: x for name, x in found.items() if name not in arrays}
+        if arrays:
+            np.savez_compressed(folder / "arrays.npz", **arrays)
+        lines = (json.dumps({"kind": "train", **row}) + "\n" for row in rows)
+        (folder / "metrics.jsonl").write_text("".join(lines))
+        seconds = {
+            "training": round(trained_at - started, 1),  # with the compilation, in the first one
+            "measuring": round(time.perf_counter() - trained_at, 1),
+        }
+        place.record_result({"measured": measured, "seconds": seconds})
+        value = measured.get(suite.metric)
+        print(
+            f"{folder.parent.name}, seed {seed}: {suite.metric} "
+            f"{'-' if value is None else f'{value:.4f}'}, {sum(seconds.values()):.0f} s",
+            flush=True,
+        )
+    finally:
+        place.close()
+
+
+def _facts(plan: training.Plan, seed: int) -> dict[str, Any]:
+    model = plan.run.model
+    if model.attention == "nsa":
+        implementation = dispatch.explain(model.implementation)
+    else:
+        implementation = dense.explain(model.implementation, model.dtype, model.head_dim)
+    return {
+        **environment.describe(),
+        "implementation": implementation,
+        "seeds": {name: seeds.stream_seed(seed, name) for name in ("parameters", "data")},
+        "parameter_count": plan.parameter_count,
+    }
+
+
+def listing() -> str:
+    """What --list prints."""
+    lines = []
+    for suite in SUITES.values():
+        lines.append(f"{suite.name}: {suite.hypothesis}")
+        for name, scale in suite.scales.items():
+            lines.append(f"  {name}: {len(scale.variants)} variants; {scale.cost}")
+            lines.append(f"       {', '.join(scale.variants)}")
+    return "\n".join(lines)
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """Reads "steps=3,data.name=copy": integers, numbers, true, false, and else words.
+
+    Raises:
+      ValueError: if a part has no "=".
+    """
+    found = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"--overrides: {part!r} must be key=value")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def main(argv):
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]!r}? Flags are written --name=value.")
+    if _LIST.value:
+        print(listing())
+        return
+    if _SUITE.value is None or _WORKDIR.value is None:
+        raise app.UsageError("--suite and --workdir are needed; --list shows the suites")
+    try:
+        run_suite(
+            SUITES[_SUITE.value],
+            _SCALE.value,
+            [int(seed) for seed in _SEEDS.value],
+            Path(_WORKDIR.value),
+            only=_ONLY.value,
+            overrides=parse_overrides(_OVERRIDES.value),
+            command=shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
+        )
+    except ValueError as error:  # ConfigError is one
+        raise app.UsageError(str(error)) from error
+    except (RunError, dispatch.UnsupportedError) as error:
+        sys.exit(f"experiments.run: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

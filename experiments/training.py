@@ -1,0 +1,168 @@
+"""One variant of a suite with all its seeds: the same compiled update for each of them.
+
+The seeds are trained one after another. A seed's numbers are then those of its own run to the bit,
+whichever others are still to be done.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from configs import default
+from experiments import selectors
+from experiments.suite import Variant
+from nsa_jax.model import Transformer
+from nsa_jax.training import checkpoint, optimizer, parallel, schema, seeds, steps
+from nsa_jax.training import config as config_lib
+from nsa_jax.training.config import ConfigError, RunConfig
+from nsa_jax.training.data import DataConfig, Pipeline, make_pipeline
+from nsa_jax.training.errors import NonFiniteError
+
+
+class Trained(NamedTuple):
+    """A finished model, as measures see it.
+
+    Attributes:
+      run: its configuration.
+      model: the model.
+      params: its parameters.
+      pipeline: its data.
+    """
+
+    run: RunConfig
+    model: Transformer
+    params: Any
+    pipeline: Pipeline
+
+
+def settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of configs/default.py, nested, with the values of `layers` put over them.
+
+    Raises:
+      ConfigError: if a key is unknown.
+    """
+    flat = schema.flatten(default.get_config().to_dict())
+    unknown = [
+        schema.unknown_key(key, flat) for layer in layers for key in layer if key not in flat
+    ]
+    if unknown:
+        raise ConfigError(unknown)
+    nested: dict[str, Any] = {}
+    for key, value in collections.ChainMap(*reversed(layers), flat).items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
+
+
+class Plan:
+    """A variant, checked, with its updates ready to be compiled.
+
+    Attributes:
+      run: the configuration; the seed in it counts for nothing.
+      model: as it is after the last update.
+      parameters: dtype and shape of each parameter by name, as text.
+      parameter_count: how many numbers they are.
+    """
+
+    def __init__(self, config: Mapping[str, Any], variant: Variant):
+        """Checks and traces; compiles nothing.
+
+        Raises:
+          ConfigError: if the configuration is wrong.
+          ValueError: if there is no such selector.
+        """
+        self.run = run = config_lib.run_config(config)
+        self._mesh = parallel.data_mesh()
+        config_lib.check_devices(run, self._mesh.size)
+        model_config = run.model
+        if variant.selector is not None:
+            selector = selectors.make(variant.selector, run.model.nsa, **variant.options)
+            model_config = dataclasses.replace(run.model, selector=selector)
+        self.model = Transformer(model_config)
+        self._dense_steps = round(variant.dense_share * run.steps)
+        self._optimizer = optimizer.make_optimizer(run.optimizer, run.steps)
+        self._init = jax.jit(self._make_state)
+        abstract = jax.eval_shape(self._make_state, jax.random.key(0)).params
+        self.parameters = checkpoint.shapes(abstract)
+        self.parameter_count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+
+    def _make_state(self, key):
+        tokens = jnp.zeros((1, self.run.model.nsa.select_block_size), jnp.int32)
+        params = self.model.init(key, tokens)["params"]
+        return steps.TrainState(params, self._optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    @functools.cached_property
+    def _updates(self) -> tuple[Callable, Callable]:
+        """The compiled update while every block is selected, and the one after that."""
+        whole = dataclasses.replace(
+            self.run.model.nsa,
+            num_selected_blocks=self.run.data.seq_len // self.run.model.nsa.select_block_size,
+        )
+        everything = selectors.make("static", whole)
+        dense = Transformer(dataclasses.replace(self.model.config, nsa=whole, selector=everything))
+        schedule = optimizer.learning_rate_schedule(self.run.optimizer, self.run.steps)
+        return tuple(
+            steps.make_train_step(
+                model,
+                self._optimizer,
+                schedule,
+                accumulate=self.run.optimizer.accumulate,
+                dropout_key=seeds.stream_key(self.run.seed, "dropout"),
+                mesh=self._mesh,
+            )
+            for model in (dense, self.model)
+        )
+
+    def pipeline(self, seed: int) -> Pipeline:
+        """The data of a seed."""
+        alignment = self.run.model.nsa.select_block_size
+        return _pipeline(self.run.data, alignment, seeds.stream_seed(seed, "data"))
+
+    def train(self, seed: int, tell: Callable[[int, dict], None]) -> Trained:
+        """Trains from the start to the end.
+
+        Args:
+          seed: of parameters and data.
+          tell: called with the updates made and the metrics of the last one, every log_every.
+
+        Raises:
+          NonFiniteError: if the loss is infinite or NaN.
+        """
+        run, pipeline = self.run, self.pipeline(seed)
+        state = jax.device_put(
+            self._init(seeds.stream_key(seed, "parameters")), parallel.replicated(self._mesh)
+        )
+        dense_update, update = self._updates
+        for step, batch in enumerate(_batches(pipeline, run.steps), 1):
+            batch = parallel.global_batch(batch, self._mesh)
+            step_update = dense_update if step <= self._dense_steps else update
+            state, metrics = step_update(state, batch)
+            if step % run.log_every == 0 or step == run.steps:
+                tell(step, _row(step, jax.device_get(metrics)))
+        return Trained(dataclasses.replace(run, seed=seed), self.model, state.params, pipeline)
+
+
+@functools.lru_cache(maxsize=8)
+def _pipeline(data: DataConfig, alignment: int, seed: int) -> Pipeline:
+    return make_pipeline(data, alignment=alignment, seed=seed)
+
+
+def _batches(pipeline: Pipeline, count: int) -> Iterator[dict]:
+    return (pipeline.train[index] for index in range(count))
+
+
+def _row(step: int, metrics: steps.StepMetrics) -> dict[str, float]:
+    mean = float(metrics.sums.nats) / float(metrics.sums.weight)
+    if not jnp.isfinite(mean):
+        raise NonFiniteError(f"at update {step} the loss is {mean}")
+    return {
+        "loss": mean,
+        "accuracy": float(metrics.sums.correct) / float(metrics.sums.weight),
+        "gradient_norm": float(metrics.gradient_norm),
+        "learning_rate": float(metrics.learning_rate),
+    }
