@@ -53,7 +53,7 @@ def validation(trained: Trained) -> dict[str, float]:
     """Loss and accuracy on the whole validation set, and the loss late in the documents.
 
     loss_last_quarter counts the positions from 3/4 seq_len on in their document alone, which have
-    the longest past; NaN-free only for rows that hold such documents, and left out otherwise.
+    the longest past; it is left out where no document is that long.
     """
     late = 3 * trained.run.data.seq_len // 4
     totals = np.zeros(5)
@@ -133,7 +133,7 @@ def selection(trained: Trained) -> dict[str, float]:
 @functools.partial(jax.jit, static_argnums=0)
 def _chosen(model, params, batch):
     """The chosen blocks [layers, B, T, K, n], and the mass in them [layers, B, T]."""
-    sown = _intermediates(model, params, batch)
+    sown = intermediates(model, params, batch)
     size = model.config.nsa.select_block_size
 
     def mass_in(layer):
@@ -148,7 +148,9 @@ def _chosen(model, params, batch):
     return chosen, jax.lax.map(mass_in, (chosen, q, k))
 
 
-def _intermediates(model, params, batch):
+@functools.partial(jax.jit, static_argnums=0)
+def intermediates(model: Transformer, params: Any, batch: dict) -> dict:
+    """Everything that the layers sow for a batch; see `nsa_jax.model.layer_intermediates`."""
     _, variables = model.apply(
         {"params": params},
         batch["tokens"],
@@ -169,7 +171,7 @@ def gates(trained: Trained) -> dict[str, float]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mean_gates(model, params, batch):
-    sown = _intermediates(model, params, batch)
+    sown = intermediates(model, params, batch)
     return layer_intermediates(sown, "gates").mean(axis=(0, 1, 2, 3))
 
 

@@ -9,7 +9,7 @@ What is finished is skipped, and what was killed is done again from its own star
 its configuration and seed alone, so that the numbers are those of an uninterrupted command.
 
 --only=nsa,full runs a part of the variants. --overrides=steps=3,model.num_layers=1 changes keys of
-configs/default.py for all variants: trials of a few steps. They are other runs, which need a workdir
+configs/default.py for all variants: trials of a few steps. They are other runs and need a workdir
 of their own.
 """
 

@@ -36,7 +36,7 @@ class Variant:
         }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Scale:
     """A suite at one size.
 

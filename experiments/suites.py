@@ -3,63 +3,397 @@
 The sizes at scale "cpu" are for two cores and 20 minutes, those at "gpu" for one H100 and 10.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from experiments import measures
+from experiments.maps import maps
+from experiments.posthoc import POSTHOC, posthoc
 from experiments.suite import Claim, Scale, Suite, Variant
 
-# One layer suffices where key and value are one token, and learns it in a few hundred updates. 48
-# pairs and 48 queries fill rows of 16 blocks, of which a query chooses one: three are forced.
-_RECALL_CPU: dict[str, Any] = {
-    "steps": 600,
-    "log_every": 25,
-    "model.num_layers": 1,
+_SMALL: dict[str, Any] = {
+    "log_every": 20,
     "model.model_dim": 64,
     "model.mlp_dim": 128,
     "model.num_heads": 4,
     "model.num_kv_heads": 1,
     "model.head_dim": 32,
+    "nsa.compression_width": 32,
+    "data.batch_size": 16,
+}
+_LARGE: dict[str, Any] = {
+    "log_every": 50,
+    "model.model_dim": 256,
+    "model.mlp_dim": 512,
+    "model.num_heads": 16,  # a group of 16, as in the paper
+    "model.num_kv_heads": 1,
+    "model.head_dim": 64,
+    "model.scan_layers": True,
+    "model.dtype": "bfloat16",
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_steps": 100,
+}
+
+# One layer suffices where key and value are one token, and learns it in some hundred updates; where
+# tokens stand says nothing, so rotations are slow. 48 pairs and 48 queries fill rows of 16 blocks,
+# of which a query chooses one: three of its four are forced.
+_RECALL_CPU = _SMALL | {
+    "model.num_layers": 1,
+    "model.rope_theta": 1e6,
     "nsa.compress_block_size": 4,
     "nsa.compress_stride": 2,
     "nsa.select_block_size": 8,
     "nsa.num_selected_blocks": 4,
     "nsa.window_size": 8,
-    "nsa.compression_width": 32,
     "data.name": "recall",
     "data.seq_len": 128,
-    "data.batch_size": 32,
     "data.task_pairs": 48,
     "data.task_queries": 48,
     "data.task_pair_tokens": 1,
     "data.task_validation_rows": 256,
-    "optimizer.learning_rate": 1e-2,
-    "optimizer.warmup_steps": 30,
+    "optimizer.learning_rate": 5e-3,
 }
+# Key and value are neighbours, which takes two layers; 128 pairs fill half of the row.
+_RECALL_GPU = _LARGE | {
+    "model.num_layers": 2,
+    "nsa.compress_block_size": 8,
+    "nsa.compress_stride": 4,
+    "nsa.select_block_size": 16,
+    "nsa.num_selected_blocks": 6,
+    "nsa.window_size": 32,
+    "data.name": "recall",
+    "data.seq_len": 512,
+    "data.batch_size": 64,
+    "data.task_pairs": 128,
+    "data.task_queries": 128,
+    "data.task_pair_tokens": 2,
+    "data.task_validation_rows": 512,
+}
+_TEXT_CPU = _SMALL | {
+    "model.num_layers": 2,
+    "nsa.compress_block_size": 8,
+    "nsa.compress_stride": 4,
+    "nsa.select_block_size": 16,
+    "nsa.num_selected_blocks": 5,
+    "nsa.window_size": 16,
+    "data.name": "stdlib",
+    "data.seq_len": 256,
+    "data.batch_size": 8,
+    "data.validation_fraction": 0.02,
+    "optimizer.learning_rate": 5e-3,
+}
+_TEXT_GPU = _LARGE | {
+    "model.num_layers": 4,
+    "nsa.compress_block_size": 16,
+    "nsa.compress_stride": 8,
+    "nsa.select_block_size": 32,
+    "nsa.num_selected_blocks": 8,
+    "nsa.window_size": 64,
+    "data.name": "stdlib",
+    "data.seq_len": 2048,
+    "data.batch_size": 16,
+    "data.validation_fraction": 0.02,
+}
+
+
+def _branches(*names: str) -> dict[str, Any]:
+    return {"nsa.branches": names}
+
+
+def _dense(mlp_dim: int, **more: Any) -> Variant:
+    """Full attention, with the MLP that gives it as many parameters as NSA has."""
+    return Variant(overrides={"model.attention": "dense", "model.mlp_dim": mlp_dim, **more})
+
+
+def _gated(mlp_dim: int) -> Variant:
+    """The control that the paper lacks: NSA has gates, and gates alone help full attention."""
+    return _dense(mlp_dim, **{"model.output_gate": True})
+
+
+_NSA = Variant()
+
+
 _BRANCHES = {
-    "all": Variant(),
-    "window": Variant(overrides={"nsa.branches": ("window",)}),
-    "compressed+window": Variant(overrides={"nsa.branches": ("compressed", "window")}),
+    "all": _NSA,
+    "window": Variant(overrides=_branches("window")),
+    "compressed+window": Variant(overrides=_branches("compressed", "window")),
     # Without the compressed output nothing trains the compressed scores: so either with scores from
     # the keys that are attended, or with untrained ones.
-    "selected+window": Variant(
-        overrides={"nsa.branches": ("selected", "window")}, selector="mean_keys"
-    ),
-    "selected+window, untrained scores": Variant(
-        overrides={"nsa.branches": ("selected", "window")}
-    ),
-    "compressed+selected": Variant(overrides={"nsa.branches": ("compressed", "selected")}),
+    "selected+window": Variant(overrides=_branches("selected", "window"), selector="mean_keys"),
+    "selected+window_untrained": Variant(overrides=_branches("selected", "window")),
+    "compressed+selected": Variant(overrides=_branches("compressed", "selected")),
 }
 _RECALL = Suite(
     name="recall",
     hypothesis=(
-        "Recall of one pair among many needs the selected branch: with it and the window the "
-        "answer is found, while compressed blocks and the window alone do not hold it."
+        "Finding one pair among many needs the selected branch: compressed blocks and the window "
+        "do not hold it, nor does the window alone."
     ),
     metric="accuracy",
     larger_is_better=True,
-    claims=(Claim(better="all", worse="compressed+window"), Claim(better="all", worse="window")),
+    claims=(
+        Claim(better="all", worse="window"),
+        Claim(better="all", worse="compressed+window"),
+        Claim(better="selected+window", worse="compressed+window"),
+    ),
     measures=(measures.validation, measures.selection, measures.gates),
-    scales={"cpu": Scale(base=_RECALL_CPU, variants=_BRANCHES, cost="not measured yet")},
+    scales={
+        "cpu": Scale(_RECALL_CPU | {"steps": 1200}, _BRANCHES, "estimated: 15 min on two cores"),
+        "gpu": Scale(_RECALL_GPU | {"steps": 1500}, _BRANCHES, "estimated: 9 min on one H100"),
+    },
 )
 
-SUITES = {suite.name: suite for suite in (_RECALL,)}
+# Everything but the choice of blocks is NSA's, the compressed output included. "_alone" is without
+# that output, as the paper describes these alternatives: selected blocks and the window.
+_ALONE = _branches("selected", "window")
+_SELECTORS = {
+    "nsa": _NSA,
+    "quest": Variant(selector="quest"),
+    "quest_alone": Variant(overrides=_ALONE, selector="quest"),
+    # 1000 of the paper's 30000 updates.
+    "quest_alone_warm": Variant(overrides=_ALONE, selector="quest", dense_share=1 / 30),
+    "auxiliary_0.01": Variant(selector="auxiliary", options={"weight": 0.01}),
+    "auxiliary_1": Variant(selector="auxiliary", options={"weight": 1.0}),
+    "auxiliary_alone_0.1": Variant(overrides=_ALONE, selector="auxiliary", options={"weight": 0.1}),
+    "mean_keys": Variant(selector="mean_keys"),
+    "clusters": Variant(selector="clusters"),
+    "random": Variant(selector="random"),
+    "static": Variant(selector="static"),
+    "oracle": Variant(selector="oracle"),
+}
+
+
+def _selectors(full: int, gated: int) -> dict[str, Variant]:
+    return {"full": _dense(full), "full_gated": _gated(gated), **_SELECTORS}
+
+
+_SELECTION = {
+    "hypothesis": (
+        "NSA's own selection trains better models than blocks chosen by Quest's bound or by an "
+        "auxiliary loss, and than full attention."
+    ),
+    "larger_is_better": False,
+    "metric": "loss",
+    "claims": (
+        Claim(better="nsa", worse="quest"),
+        Claim(better="nsa", worse="quest_alone"),
+        Claim(better="nsa", worse="quest_alone_warm"),
+        Claim(better="nsa", worse="auxiliary_1"),
+        Claim(better="nsa", worse="auxiliary_alone_0.1"),
+        Claim(better="nsa", worse="full"),
+    ),
+}
+_SELECTION_RECALL = Suite(
+    name="selection",
+    measures=(measures.validation, measures.selection),
+    scales={
+        "cpu": Scale(
+            _RECALL_CPU | {"steps": 600}, _selectors(230, 229), "estimated: 17 min on two cores"
+        ),
+        "gpu": Scale(
+            _RECALL_GPU | {"steps": 500}, _selectors(807, 802), "estimated: 10 min on one H100"
+        ),
+    },
+    **_SELECTION,
+)
+_SELECTION_TEXT = Suite(
+    name="selection_text",
+    measures=(measures.validation, measures.gates),
+    scales={
+        "cpu": Scale(
+            _TEXT_CPU | {"steps": 400}, _selectors(274, 273), "estimated: 18 min on two cores"
+        ),
+        "gpu": Scale(
+            _TEXT_GPU | {"steps": 300}, _selectors(979, 974), "estimated: 10 min on one H100"
+        ),
+    },
+    **_SELECTION,
+)
+
+_LOSS = Suite(
+    name="loss",
+    hypothesis=(
+        "With equal parameters NSA's loss on text is below that of full attention, also where the "
+        "past is longest."
+    ),
+    metric="loss",
+    larger_is_better=False,
+    claims=(
+        Claim(better="nsa", worse="full"),
+        Claim(better="nsa:loss_last_quarter", worse="full:loss_last_quarter"),
+        Claim(better="nsa", worse="full_gated"),
+    ),
+    measures=(measures.validation, measures.gates),
+    scales={
+        "cpu": Scale(
+            _TEXT_CPU | {"steps": 2000, "data.validation_fraction": 0.05},
+            {"nsa": _NSA, "full": _dense(274), "full_gated": _gated(273)},
+            "estimated: 17 min on two cores",
+        ),
+        "gpu": Scale(
+            _TEXT_GPU | {"steps": 2000},
+            {"nsa": _NSA, "full": _dense(979), "full_gated": _gated(974)},
+            "estimated: 9 min on one H100",
+        ),
+    },
+)
+
+
+def _designs(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Variant]:
+    """NSA, and NSA with one choice changed; `sizes` names n and l' of equal product."""
+
+    def nsa(**changes):
+        return Variant(overrides={f"nsa.{name}": value for name, value in changes.items()})
+
+    def phi(keys, values):
+        return nsa(key_compression=keys, value_compression=values)
+
+    return {
+        "nsa": _NSA,
+        "shared_kv": nsa(share_kv=True),
+        "phi_mean": phi("mean", "mean"),
+        "phi_linear": phi("linear", "linear"),
+        "phi_mean_mlp": phi("mean", "mlp"),
+        "phi_mlp_mean": phi("mlp", "mean"),
+        "rope_before": nsa(compressed_rope="before"),
+        "rope_none": nsa(compressed_rope="none"),
+        "gates_softmax": nsa(gate_activation="softmax"),
+        "gates_fixed": nsa(gate_activation="fixed"),
+        **{
+            name: nsa(num_selected_blocks=blocks, select_block_size=size)
+            for name, (blocks, size) in sizes.items()
+        },
+    }
+
+
+_DESIGN = Suite(
+    name="design",
+    hypothesis=(
+        "Keys and values of their own for each branch, phi as an MLP and sigmoid gates, the "
+        "paper's choices, lose to none of the alternatives."
+    ),
+    metric="loss",
+    larger_is_better=False,
+    claims=(
+        Claim(better="nsa", worse="shared_kv"),
+        Claim(better="nsa", worse="phi_mean"),
+        Claim(better="nsa", worse="phi_linear"),
+        Claim(better="nsa", worse="gates_softmax"),
+        Claim(better="nsa", worse="gates_fixed"),
+    ),
+    measures=(measures.validation, measures.gates),
+    scales={
+        "cpu": Scale(
+            _TEXT_CPU | {"steps": 400, "nsa.num_selected_blocks": 6},
+            _designs({"blocks_12x8": (12, 8), "blocks_3x32": (3, 32)}),
+            "estimated: 16 min on two cores",
+        ),
+        "gpu": Scale(
+            _TEXT_GPU | {"steps": 300},
+            _designs({"blocks_16x16": (16, 16), "blocks_4x64": (4, 64)}),
+            "estimated: 10 min on one H100",
+        ),
+    },
+)
+
+_NEEDLE_DATA = {"data.name": "needle", "data.task_validation_rows": 16}
+_NEEDLE_VARIANTS = {"nsa": _NSA, "window": Variant(overrides=_branches("window"))}
+_NEEDLE = Suite(
+    name="needle",
+    hypothesis=(
+        "NSA finds a needle at every depth up to the trained length, as full attention does, and "
+        "its window alone does not."
+    ),
+    metric="accuracy",
+    larger_is_better=True,
+    claims=(
+        Claim(better="nsa", worse="window"),
+        Claim(better="nsa:accuracy_beyond", worse="full:accuracy_beyond"),
+    ),
+    measures=(measures.needle,),
+    figures=("needle",),
+    scales={
+        "cpu": Scale(
+            _TEXT_CPU | _NEEDLE_DATA | {"steps": 1000, "data.batch_size": 16},
+            _NEEDLE_VARIANTS | {"full": _dense(274)},
+            "estimated: 15 min on two cores",
+        ),
+        "gpu": Scale(
+            _TEXT_GPU | _NEEDLE_DATA | {"steps": 2000},
+            _NEEDLE_VARIANTS | {"full": _dense(979)},
+            "estimated: 9 min on one H100",
+        ),
+    },
+)
+
+_POSTHOC = Suite(
+    name="posthoc",
+    hypothesis=(
+        "Trained with its sparsity, NSA beats every method that makes a trained full-attention "
+        "model sparse at NSA's budget of tokens, and the exact top keys beat the other methods."
+    ),
+    metric="accuracy",
+    larger_is_better=True,
+    claims=(
+        *(Claim(better="nsa", worse=f"full:accuracy_{method}") for method in POSTHOC),
+        *(
+            Claim(better="full:accuracy_exact_top", worse=f"full:accuracy_{method}")
+            for method in ("h2o", "static", "infllm", "quest")
+        ),
+    ),
+    measures=(measures.validation, posthoc),
+    scales={
+        "cpu": Scale(
+            _RECALL_CPU | {"steps": 2000},
+            {"nsa": _NSA, "full": _dense(230)},
+            "estimated: 12 min on two cores",
+        ),
+        "gpu": Scale(
+            _RECALL_GPU | {"steps": 3000},
+            {"nsa": _NSA, "full": _dense(807)},
+            "estimated: 8 min on one H100",
+        ),
+    },
+)
+
+_MAPS = Suite(
+    name="maps",
+    hypothesis=(
+        "The attention of a trained full-attention model clusters by blocks: its best blocks hold "
+        "more of it than blocks of the same keys in a random order do."
+    ),
+    metric="block_share",
+    larger_is_better=True,
+    claims=(
+        Claim(better="full", worse="full:block_share_shuffled"),
+        Claim(better="full:neighbours", worse="full:neighbours_shuffled"),
+    ),
+    measures=(measures.validation, maps),
+    figures=("maps",),
+    scales={
+        "cpu": Scale(
+            _TEXT_CPU | {"steps": 2000},
+            {"full": _dense(274), "nsa": _NSA},
+            "estimated: 12 min on two cores",
+        ),
+        "gpu": Scale(
+            _TEXT_GPU | {"steps": 2000},
+            {"full": _dense(979), "nsa": _NSA},
+            "estimated: 7 min on one H100",
+        ),
+    },
+)
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        _NEEDLE,
+        _RECALL,
+        _SELECTION_RECALL,
+        _SELECTION_TEXT,
+        _LOSS,
+        _DESIGN,
+        _POSTHOC,
+        _MAPS,
+    )
+}

@@ -92,7 +92,7 @@ class Gates(nn.Module):
         if self.activation == "softmax":
             return nn.softmax(logits, where=counts)
         gates = nn.sigmoid(logits)
-        return gates if len(self.branches) == len(BRANCHES) else jnp.where(counts, gates, 0.0)
+        return gates if set(self.branches) == set(BRANCHES) else jnp.where(counts, gates, 0.0)
 
 
 class NativeSparseAttention(nn.Module):

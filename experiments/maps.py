@@ -1,0 +1,99 @@
+"""How attention clusters by blocks, as in the paper's Figure 8."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import measures
+from experiments.selectors.base import attention_probabilities
+from experiments.training import Trained
+from nsa_jax import NSAConfig
+from nsa_jax.model import layer_intermediates
+from nsa_jax.training import figures
+from nsa_jax.training.data import Pipeline
+
+# MagicPIG reports that the top 20 % of the keys hold 70 % of the attention.
+_TOP_SHARE = 0.2
+_SHUFFLES = 8
+_ROWS = 2
+
+
+def maps(trained: Trained) -> dict[str, Any]:
+    """How attention clusters by blocks, on rows of the validation set that a document fills.
+
+    Of a dense model, for the queries of the last half of a row and the keys that NSA would have to
+    choose from (neither in its initial nor in its local blocks), each head by itself:
+
+    - block_share, block_share_shuffled: the attention that the best free blocks hold, as many as
+      NSA may choose, and the same after the keys were put in a random order;
+    - neighbours, neighbours_shuffled: the correlation of the scores of neighbouring keys;
+    - top_share: the attention that the top 20 % of all keys hold.
+
+    Beside them the maps of its middle layer; of an NSA model the blocks that it chose there.
+    """
+    batch = _whole_documents(trained.pipeline)
+    nsa, layer = trained.run.model.nsa, trained.run.model.num_layers // 2
+    sown = measures.intermediates(trained.model, trained.params, batch)
+    if trained.run.model.attention == "nsa":
+        chosen = np.asarray(layer_intermediates(sown, "block_indices")[layer, 0])
+        return {"chosen_blocks": figures.selection_share(chosen, nsa.select_block_size)}
+    q, k = (layer_intermediates(sown, name) for name in ("queries", "keys"))
+    p = np.asarray(jax.vmap(attention_probabilities)(q, k), np.float64)  # [layers, B, T, K, G, S]
+    p = np.moveaxis(p, 2, -2)
+    shown = p[layer, 0].mean(axis=(0, 1))
+    blocks = shown.reshape(len(shown), -1, nsa.select_block_size).sum(axis=-1)
+    return {
+        **clustering(p.reshape(-1, *p.shape[-2:]), nsa, np.random.default_rng(0)),
+        "attention_map": shown.astype(np.float32),
+        "attention_blocks": blocks.astype(np.float32),
+    }
+
+
+def _whole_documents(pipeline: Pipeline) -> dict[str, np.ndarray]:
+    """The first rows of the validation set that one document fills, as a batch."""
+    rows = []
+    for batch in pipeline.validation:
+        for row in np.flatnonzero(~batch["document_starts"].any(axis=1) & batch["weights"].any(1)):
+            rows.append({name: x[row] for name, x in batch.items()})
+        if len(rows) >= _ROWS:
+            break
+    return {name: np.stack([row[name] for row in rows[:_ROWS]]) for name in rows[0]}
+
+
+def clustering(p: np.ndarray, nsa: NSAConfig, rng: np.random.Generator) -> dict[str, float]:
+    """The numbers of `maps` from attention maps [heads, T, T]."""
+    size, length = nsa.select_block_size, p.shape[-1]
+    free_blocks = nsa.num_selected_blocks - nsa.num_initial_blocks - nsa.num_local_blocks
+    totals = dict.fromkeys(("share", "share_shuffled", "near", "near_shuffled", "top"), 0.0)
+    queries = range(length // 2, length)
+    for t in queries:
+        first = nsa.num_initial_blocks * size
+        free = p[:, t, first : (t // size + 1 - nsa.num_local_blocks) * size]
+        mass = np.maximum(free.sum(axis=-1), 1e-30)
+
+        def share(keys):
+            blocks = keys.reshape(len(keys), -1, size).sum(axis=-1)
+            return (np.sort(blocks)[:, -free_blocks:].sum(axis=-1) / mass).mean()
+
+        def near(keys):
+            scores = np.log(keys + 1e-30)
+            left, right = (x - x.mean(-1, keepdims=True) for x in (scores[:, :-1], scores[:, 1:]))
+            norms = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
+            return ((left * right).sum(axis=-1) / np.maximum(norms, 1e-30)).mean()
+
+        shuffled = [free[:, rng.permutation(free.shape[1])] for _ in range(_SHUFFLES)]
+        top = np.sort(p[:, t, : t + 1])[:, -max(round(_TOP_SHARE * (t + 1)), 1) :]
+        totals["share"] += share(free)
+        totals["share_shuffled"] += np.mean([share(keys) for keys in shuffled])
+        totals["near"] += near(free)
+        totals["near_shuffled"] += np.mean([near(keys) for keys in shuffled])
+        totals["top"] += top.sum(axis=-1).mean()
+    names = {
+        "share": "block_share",
+        "share_shuffled": "block_share_shuffled",
+        "near": "neighbours",
+        "near_shuffled": "neighbours_shuffled",
+        "top": "top_share",
+    }
+    return {names[name]: float(total) / len(queries) for name, total in totals.items()}
