@@ -1,5 +1,6 @@
 """How attention clusters by blocks, as in the paper's Figure 8."""
 
+import collections
 from typing import Any
 
 import jax
@@ -17,37 +18,50 @@ from nsa_jax.training.data import Pipeline
 _TOP_SHARE = 0.2
 _SHUFFLES = 8
 _ROWS = 2
+_QUERIES = 128
 
 
 def maps(trained: Trained) -> dict[str, Any]:
     """How attention clusters by blocks, on rows of the validation set that a document fills.
 
-    Of a dense model, for the queries of the last half of a row and the keys that NSA would have to
-    choose from (neither in its initial nor in its local blocks), each head by itself:
+    Of a dense model, each head by itself, for queries spread over the last half of a row and the
+    keys that NSA would have to choose from (neither in its initial nor in its local blocks):
 
     - block_share, block_share_shuffled: the attention that the best free blocks hold, as many as
       NSA may choose, and the same after the keys were put in a random order;
     - neighbours, neighbours_shuffled: the correlation of the scores of neighbouring keys;
     - top_share: the attention that the top 20 % of all keys hold.
 
-    Beside them the maps of its middle layer; of an NSA model the blocks that it chose there.
+    Scores of an untrained model are smooth already, by their rotations and their tokens:
+    block_gain, block_share less block_share_shuffled, is measured before the training too. Beside
+    the numbers stand maps of the middle layer; of an NSA model the blocks that it chose there.
     """
     batch = _whole_documents(trained.pipeline)
     nsa, layer = trained.run.model.nsa, trained.run.model.num_layers // 2
-    sown = measures.intermediates(trained.model, trained.params, batch)
     if trained.run.model.attention == "nsa":
+        sown = measures.intermediates(trained.model, trained.params, batch)
         chosen = np.asarray(layer_intermediates(sown, "block_indices")[layer, 0])
         return {"chosen_blocks": figures.selection_share(chosen, nsa.select_block_size)}
-    q, k = (layer_intermediates(sown, name) for name in ("queries", "keys"))
-    p = np.asarray(jax.vmap(attention_probabilities)(q, k), np.float64)  # [layers, B, T, K, G, S]
-    p = np.moveaxis(p, 2, -2)
-    shown = p[layer, 0].mean(axis=(0, 1))
+    p = _probabilities(trained, trained.params, batch)
+    found = clustering(p, nsa)
+    before = clustering(_probabilities(trained, trained.initial_params, batch), nsa)
+    heads = len(p) // trained.run.model.num_layers
+    shown = p[layer * heads :][: trained.run.model.num_heads].mean(axis=0)
     blocks = shown.reshape(len(shown), -1, nsa.select_block_size).sum(axis=-1)
-    return {
-        **clustering(p.reshape(-1, *p.shape[-2:]), nsa, np.random.default_rng(0)),
+    return found | {
+        "block_gain_untrained": before["block_gain"],
         "attention_map": shown.astype(np.float32),
         "attention_blocks": blocks.astype(np.float32),
     }
+
+
+def _probabilities(trained: Trained, params: Any, batch: dict) -> np.ndarray:
+    """Attention maps [layers * rows * heads, T, T]."""
+    sown = measures.intermediates(trained.model, params, batch)
+    q, k = (layer_intermediates(sown, name) for name in ("queries", "keys"))
+    p = np.asarray(jax.vmap(attention_probabilities)(q, k))
+    p = np.moveaxis(p, 2, -2)  # [layers, B, K, G, T, S]
+    return p.reshape(-1, *p.shape[-2:])
 
 
 def _whole_documents(pipeline: Pipeline) -> dict[str, np.ndarray]:
@@ -61,12 +75,14 @@ def _whole_documents(pipeline: Pipeline) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows[:_ROWS]]) for name in rows[0]}
 
 
-def clustering(p: np.ndarray, nsa: NSAConfig, rng: np.random.Generator) -> dict[str, float]:
+def clustering(p: np.ndarray, nsa: NSAConfig) -> dict[str, float]:
     """The numbers of `maps` from attention maps [heads, T, T]."""
+    rng = np.random.default_rng(0)
     size, length = nsa.select_block_size, p.shape[-1]
     free_blocks = nsa.num_selected_blocks - nsa.num_initial_blocks - nsa.num_local_blocks
-    totals = dict.fromkeys(("share", "share_shuffled", "near", "near_shuffled", "top"), 0.0)
-    queries = range(length // 2, length)
+    totals = collections.Counter()
+    start = max(length // 2, nsa.num_selected_blocks * size)  # from there on there is a choice
+    queries = range(start, length, max(length // (2 * _QUERIES), 1))
     for t in queries:
         first = nsa.num_initial_blocks * size
         free = p[:, t, first : (t // size + 1 - nsa.num_local_blocks) * size]
@@ -74,7 +90,8 @@ def clustering(p: np.ndarray, nsa: NSAConfig, rng: np.random.Generator) -> dict[
 
         def share(keys):
             blocks = keys.reshape(len(keys), -1, size).sum(axis=-1)
-            return (np.sort(blocks)[:, -free_blocks:].sum(axis=-1) / mass).mean()
+            best = np.sort(blocks)[:, blocks.shape[1] - free_blocks :]
+            return (best.sum(axis=-1) / mass).mean()
 
         def near(keys):
             scores = np.log(keys + 1e-30)
@@ -84,16 +101,10 @@ def clustering(p: np.ndarray, nsa: NSAConfig, rng: np.random.Generator) -> dict[
 
         shuffled = [free[:, rng.permutation(free.shape[1])] for _ in range(_SHUFFLES)]
         top = np.sort(p[:, t, : t + 1])[:, -max(round(_TOP_SHARE * (t + 1)), 1) :]
-        totals["share"] += share(free)
-        totals["share_shuffled"] += np.mean([share(keys) for keys in shuffled])
-        totals["near"] += near(free)
-        totals["near_shuffled"] += np.mean([near(keys) for keys in shuffled])
-        totals["top"] += top.sum(axis=-1).mean()
-    names = {
-        "share": "block_share",
-        "share_shuffled": "block_share_shuffled",
-        "near": "neighbours",
-        "near_shuffled": "neighbours_shuffled",
-        "top": "top_share",
-    }
-    return {names[name]: float(total) / len(queries) for name, total in totals.items()}
+        totals["block_share"] += share(free)
+        totals["block_share_shuffled"] += np.mean([share(keys) for keys in shuffled])
+        totals["neighbours"] += near(free)
+        totals["neighbours_shuffled"] += np.mean([near(keys) for keys in shuffled])
+        totals["top_share"] += top.sum(axis=-1).mean()
+    found = {name: float(total) / len(queries) for name, total in totals.items()}
+    return found | {"block_gain": found["block_share"] - found["block_share_shuffled"]}

@@ -175,10 +175,10 @@ def _mean_gates(model, params, batch):
     return layer_intermediates(sown, "gates").mean(axis=(0, 1, 2, 3))
 
 
-# The paper's Figure 5 has depths 0, 11, ..., 100 % and ten lengths up to the trained one.
+# The depths of the paper's Figure 5, 0, 11, ..., 100 %.
 NEEDLE_DEPTHS = tuple(i / 9 for i in range(10))
-NEEDLE_LENGTHS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 5 / 4, 3 / 2, 2)  # of the trained length
-NEEDLE_ROWS = 40  # of a cell
+NEEDLE_LENGTHS = (1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2)  # of the trained length
+NEEDLE_ROWS = 32  # of a cell
 
 
 def needle(trained: Trained) -> dict[str, Any]:
@@ -192,10 +192,13 @@ def needle(trained: Trained) -> dict[str, Any]:
     grid = np.zeros((len(lengths), len(NEEDLE_DEPTHS)))
     for i, length in enumerate(lengths):
         for j, depth in enumerate(NEEDLE_DEPTHS):
-            rows = tasks.TaskRows(
-                functools.partial(tasks.needle_row, seq_len=length, depth=depth),
-                *(trained.run.seed, 3 + i * len(NEEDLE_DEPTHS) + j, NEEDLE_ROWS),
-            )
+            stream = 3 + i * len(NEEDLE_DEPTHS) + j  # those before it are the pipeline's
+            rows = [
+                tasks.needle_row(
+                    np.random.default_rng([trained.run.seed, stream, row]), length, depth=depth
+                )
+                for row in range(NEEDLE_ROWS)
+            ]
             batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
             _, right = _guess(trained.model, trained.params, batch)
             grid[i, j] = np.asarray(right)[:, -1].mean()

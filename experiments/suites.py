@@ -359,14 +359,14 @@ _POSTHOC = Suite(
 _MAPS = Suite(
     name="maps",
     hypothesis=(
-        "The attention of a trained full-attention model clusters by blocks: its best blocks hold "
-        "more of it than blocks of the same keys in a random order do."
+        "Training makes full attention cluster by blocks: its best blocks hold more of it than "
+        "blocks of the same keys in a random order do, and by more than before the training."
     ),
     metric="block_share",
     larger_is_better=True,
     claims=(
         Claim(better="full", worse="full:block_share_shuffled"),
-        Claim(better="full:neighbours", worse="full:neighbours_shuffled"),
+        Claim(better="full:block_gain", worse="full:block_gain_untrained"),
     ),
     measures=(measures.validation, maps),
     figures=("maps",),

@@ -7,7 +7,8 @@ whichever others are still to be done.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,12 +32,14 @@ class Trained(NamedTuple):
       run: its configuration.
       model: the model.
       params: its parameters.
+      initial_params: those before the first update.
       pipeline: its data.
     """
 
     run: RunConfig
     model: Transformer
     params: Any
+    initial_params: Any
     pipeline: Pipeline
 
 
@@ -84,7 +87,7 @@ class Plan:
             selector = selectors.make(variant.selector, run.model.nsa, **variant.options)
             model_config = dataclasses.replace(run.model, selector=selector)
         self.model = Transformer(model_config)
-        self._dense_steps = round(variant.dense_share * run.steps)
+        self._warm_up_steps = round(variant.dense_share * run.steps)
         self._optimizer = optimizer.make_optimizer(run.optimizer, run.steps)
         self._init = jax.jit(self._make_state)
         abstract = jax.eval_shape(self._make_state, jax.random.key(0)).params
@@ -97,14 +100,20 @@ class Plan:
         return steps.TrainState(params, self._optimizer.init(params), jnp.zeros((), jnp.int32))
 
     @functools.cached_property
-    def _updates(self) -> tuple[Callable, Callable]:
-        """The compiled update while every block is selected, and the one after that."""
+    def warm_up_model(self) -> Transformer:
+        """The model while every block is selected, with the same parameters."""
+        nsa = self.run.model.nsa
         whole = dataclasses.replace(
-            self.run.model.nsa,
-            num_selected_blocks=self.run.data.seq_len // self.run.model.nsa.select_block_size,
+            nsa, num_selected_blocks=self.run.data.seq_len // nsa.select_block_size
         )
-        everything = selectors.make("static", whole)
-        dense = Transformer(dataclasses.replace(self.model.config, nsa=whole, selector=everything))
+        config = dataclasses.replace(
+            self.model.config, nsa=whole, selector=selectors.make("static", whole)
+        )
+        return Transformer(config)
+
+    @functools.cached_property
+    def updates(self) -> tuple[Callable, Callable]:
+        """The compiled update of `warm_up_model`, and that of `model`."""
         schedule = optimizer.learning_rate_schedule(self.run.optimizer, self.run.steps)
         return tuple(
             steps.make_train_step(
@@ -115,13 +124,19 @@ class Plan:
                 dropout_key=seeds.stream_key(self.run.seed, "dropout"),
                 mesh=self._mesh,
             )
-            for model in (dense, self.model)
+            for model in (self.warm_up_model, self.model)
         )
 
     def pipeline(self, seed: int) -> Pipeline:
         """The data of a seed."""
         alignment = self.run.model.nsa.select_block_size
         return _pipeline(self.run.data, alignment, seeds.stream_seed(seed, "data"))
+
+    def untrained(self, seed: int) -> Trained:
+        """The model as it is before the first update."""
+        params = self._init(seeds.stream_key(seed, "parameters")).params
+        run = dataclasses.replace(self.run, seed=seed)
+        return Trained(run, self.model, params, params, self.pipeline(seed))
 
     def train(self, seed: int, tell: Callable[[int, dict], None]) -> Trained:
         """Trains from the start to the end.
@@ -133,18 +148,17 @@ class Plan:
         Raises:
           NonFiniteError: if the loss is infinite or NaN.
         """
-        run, pipeline = self.run, self.pipeline(seed)
+        run, start = self.run, self.untrained(seed)
         state = jax.device_put(
             self._init(seeds.stream_key(seed, "parameters")), parallel.replicated(self._mesh)
         )
-        dense_update, update = self._updates
-        for step, batch in enumerate(_batches(pipeline, run.steps), 1):
-            batch = parallel.global_batch(batch, self._mesh)
-            step_update = dense_update if step <= self._dense_steps else update
-            state, metrics = step_update(state, batch)
+        warm_up, update = self.updates
+        for step in range(1, run.steps + 1):
+            batch = parallel.global_batch(start.pipeline.train[step - 1], self._mesh)
+            state, metrics = (warm_up if step <= self._warm_up_steps else update)(state, batch)
             if step % run.log_every == 0 or step == run.steps:
                 tell(step, _row(step, jax.device_get(metrics)))
-        return Trained(dataclasses.replace(run, seed=seed), self.model, state.params, pipeline)
+        return start._replace(params=state.params)
 
 
 @functools.lru_cache(maxsize=8)
@@ -152,13 +166,9 @@ def _pipeline(data: DataConfig, alignment: int, seed: int) -> Pipeline:
     return make_pipeline(data, alignment=alignment, seed=seed)
 
 
-def _batches(pipeline: Pipeline, count: int) -> Iterator[dict]:
-    return (pipeline.train[index] for index in range(count))
-
-
 def _row(step: int, metrics: steps.StepMetrics) -> dict[str, float]:
     mean = float(metrics.sums.nats) / float(metrics.sums.weight)
-    if not jnp.isfinite(mean):
+    if not math.isfinite(mean):
         raise NonFiniteError(f"at update {step} the loss is {mean}")
     return {
         "loss": mean,
