@@ -42,6 +42,9 @@ _OVERRIDES = flags.DEFINE_string("overrides", "", "dotted keys and values: steps
 _LIST = flags.DEFINE_bool("list", False, "show the suites with what they ask and cost, and leave")
 
 
+_HARDWARE = {"cpu": "two quiet cores", "gpu": "one H100"}
+
+
 def run_suite(
     suite: Suite,
     scale: str,
@@ -161,7 +164,8 @@ def listing() -> str:
     for suite in SUITES.values():
         lines.append(f"{suite.name}: {suite.hypothesis}")
         for name, scale in suite.scales.items():
-            lines.append(f"  {name}: {len(scale.variants)} variants; {scale.cost}")
+            cost = f"{scale.minutes} min with three seeds on {_HARDWARE[name]}"
+            lines.append(f"  {name}: {cost}, {len(scale.variants)} variants")
             lines.append(f"       {', '.join(scale.variants)}")
     return "\n".join(lines)
 

@@ -43,12 +43,12 @@ class Scale:
     Attributes:
       base: dotted keys of configs/default.py with the values that all variants share.
       variants: by name, in the order of tables and figures.
-      cost: how long three seeds take, and on what; and whether that was measured.
+      minutes: that three seeds take, on two quiet cores or on one H100.
     """
 
     base: Mapping[str, Any]
     variants: Mapping[str, Variant]
-    cost: str
+    minutes: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,7 @@ class Suite:
       claims: the hypothesis holds if all of them do.
       measures: functions of a `experiments.training.Trained` that return numbers, and arrays for
         the figures, by name; see `experiments.measures`.
-      figures: functions of the folder of results and of what they should draw, beside the two that
-        every suite has; see `experiments.draw`.
+      figures: names of `experiments.draw.FIGURES`, beside the two that every suite has.
       scales: by name, of `SCALES`.
     """
 

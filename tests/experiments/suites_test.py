@@ -41,7 +41,7 @@ SUITE = Suite(
                 "full": Variant(),
                 "gated": Variant(overrides={"model.output_gate": True}),
             },
-            "seconds",
+            1,
         )
     },
 )
