@@ -103,7 +103,7 @@ def maps(results: Path, asked: dict):
     figure, panels = _figure(5 * len(shown), 4.4, len(shown))
     for axes, (title, x) in zip(np.atleast_1d(panels), shown.items(), strict=True):
         # Logarithms: most of the attention lies on few keys.
-        image = axes.imshow(np.log10(x + 1e-4), cmap="viridis", interpolation="nearest")
+        image = axes.imshow(np.log10(x + 1e-4), aspect="auto", interpolation="nearest")
         figure.colorbar(image, ax=axes, label="log10", shrink=0.8)
         axes.set(title=title, xlabel="key", ylabel="query")
     return figure
