@@ -1,4 +1,9 @@
-"""The figures of a suite, drawn from its folder of results alone; see `experiments.report`."""
+r"""The figures of a suite, drawn from its folder of results alone; see `experiments.report`.
+
+    python -m experiments.draw --results=FOLDER
+
+writes the summary, the verdict and the figures of such a folder again.
+"""
 
 import csv
 import json
@@ -6,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from absl import app, flags
 
 from experiments import report
 
+_RESULTS = flags.DEFINE_string("results", None, "folder of results to summarise and draw again")
 _DPI = 130
 
 
@@ -126,3 +133,18 @@ def _figure(width: float, height: float, columns: int = 1):
 
 
 FIGURES: dict[str, Callable] = {"bars": bars, "curves": curves, "needle": needle, "maps": maps}
+
+
+def main(argv):
+    """Summarises and draws a folder of results."""
+    if len(argv) > 1 or not _RESULTS.value:
+        raise app.UsageError("name a folder of results: --results=experiments/results/recall_cpu")
+    results = Path(_RESULTS.value)
+    if not (results / "suite.json").exists():
+        raise app.UsageError(f"--results={results}: there is no suite.json in it")
+    print(report.summarise(results)["verdict"])
+    all_figures(results)
+
+
+if __name__ == "__main__":
+    app.run(main)

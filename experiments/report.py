@@ -1,8 +1,6 @@
-r"""From the files of a suite's runs to tables, verdicts and figures; nothing is computed anew.
+"""From the files of a suite's runs to tables and verdicts; nothing is computed anew.
 
-    python -m experiments.report --results=FOLDER
-
-draws the figures and writes the summary of a folder of results again. Such a folder has
+A folder of results has
 
     suite.json     what was asked: hypothesis, claims, the variants' order, the command
     runs.csv       variant, seed, metric, value: every number that was measured
@@ -22,11 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not resolved"
-
-_RESULTS = flags.DEFINE_string("results", None, "folder of results whose summary to make again")
 
 
 def collect(folder: Path, asked: Mapping[str, Any]) -> Path:
@@ -182,20 +177,3 @@ def _write_csv(path: Path, header, rows) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-
-
-def main(argv):
-    """Writes the summary of a folder of results and draws its figures."""
-    if len(argv) > 1 or not _RESULTS.value:
-        raise app.UsageError("name a folder of results: --results=experiments/results/recall_cpu")
-    from experiments import draw
-
-    results = Path(_RESULTS.value)
-    if not (results / "suite.json").exists():
-        raise app.UsageError(f"--results={results}: there is no suite.json in it")
-    print(summarise(results)["verdict"])
-    draw.all_figures(results)
-
-
-if __name__ == "__main__":
-    app.run(main)

@@ -11,7 +11,7 @@ from absl import app, flags
 from absl.testing import flagsaver
 from matplotlib import image
 
-from experiments import measures, report, run, training
+from experiments import draw, measures, report, run, training
 from experiments.suite import SCALES, Claim, Scale, Suite, Variant
 from experiments.suites import SUITES
 from nsa_jax.training import config as config_lib
@@ -149,7 +149,7 @@ def test_a_summary_needs_the_files_alone(finished, tmp_path):
     for name in ("summary.csv", "verdict.json", "summary.md", "bars.png", "curves.png"):
         (results / name).unlink()
     with flagsaver.flagsaver():
-        report.main(flags.FLAGS(["report", f"--results={results}"]))
+        draw.main(flags.FLAGS(["draw", f"--results={results}"]))
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
 
 
