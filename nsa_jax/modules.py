@@ -110,7 +110,8 @@ class NativeSparseAttention(nn.Module):
       nsa: the geometry and what the paper leaves open.
       selector: chooses the blocks of the selected branch in place of the compressed scores: a
         module that is called with the layer's input, those rotated queries and keys, and
-        `document_starts`, and returns block indices as `native_sparse_attention` takes them.
+        `document_starts`, and returns block indices as `native_sparse_attention` takes them. It
+        sees whole sequences, so that there is no decoding with it.
       rope_theta: base of the rotary embeddings' wavelengths.
       implementation: see `nsa_jax.ops.dispatch`.
       dtype: of the computation; by default what inputs and parameters promote to.
@@ -132,7 +133,7 @@ class NativeSparseAttention(nn.Module):
         """An empty cache for rows of up to `capacity` tokens, to decode with.
 
         Raises:
-          ValueError: if batch_size or capacity is no positive integer.
+          ValueError: if batch_size or capacity is no positive integer, or there is a selector.
         """
         return sparse_cache(batch_size, capacity, *_cached_heads(self), self.nsa)
 
@@ -161,11 +162,12 @@ class NativeSparseAttention(nn.Module):
           room for is not kept, and its output is NaN.
 
         Raises:
-          ValueError: if the sizes of the heads do not fit, or the tokens do not fit into the cache.
+          ValueError: if the sizes of the heads do not fit, the tokens do not fit into the cache, or
+            there are a cache and a selector.
           UnsupportedError: if the implementation asked for by name cannot run here.
         """
         nsa, heads = self.nsa, _Heads(self)
-        positions = _positions(x, document_starts, cache, counts)
+        positions = _positions(self, x, document_starts, cache, counts)
         q = heads.project("query", self.num_heads, self.head_dim)(x)
         rotated_q = apply_rope(q, positions, theta=self.rope_theta)
 
@@ -247,7 +249,7 @@ class DenseAttention(nn.Module):
         of its own `nsa.select_block_size`. The query attends the blocks that it returns and nothing
         else.
       rope_theta: base of the rotary embeddings' wavelengths.
-      implementation: see `nsa_jax.ops.dense`; unused with a selector.
+      implementation: see `nsa_jax.ops.dense`; with a selector "cudnn" is as "auto".
       dtype: of the computation; by default what inputs and parameters promote to.
       param_dtype: of the parameters.
     """
@@ -278,7 +280,7 @@ class DenseAttention(nn.Module):
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], DenseCache]:
         """As `NativeSparseAttention.__call__`; documents may begin at any position."""
         heads = _Heads(self)
-        positions = _positions(x, document_starts, cache, counts)
+        positions = _positions(self, x, document_starts, cache, counts)
         q = heads.project("query", self.num_heads, self.head_dim)(x)
         k = heads.project("key", self.num_kv_heads, self.head_dim)(x)
         v = heads.project("value", self.num_kv_heads, heads.v_head_dim)(x)
@@ -293,8 +295,10 @@ class DenseAttention(nn.Module):
         elif self.selector is None:
             out = dense_attention(q, k, v, implementation=self.implementation, **where)
         else:
-            block_indices = self.selector(x, q, k, **where)
-            out, _ = selected_attention(q, k, v, block_indices, config=self.selector.nsa)
+            chosen = self.selector(x, q, k, **where)
+            name = "auto" if self.implementation == "cudnn" else self.implementation
+            options = {"config": self.selector.nsa, "implementation": name}
+            out, _ = selected_attention(q, k, v, chosen, **options)
         if self.output_gate:
             gate = nn.DenseGeneral(self.num_heads, name="output_gate", **heads.dtypes)(x)
             out = out * nn.sigmoid(gate.astype(jnp.float32))[..., None].astype(out.dtype)
@@ -323,11 +327,21 @@ class _Heads:
 
 def _cached_heads(module):
     """Sizes and dtype of what a cache keeps of a token."""
+    _refuse_selector(module)
     dtype = module.param_dtype if module.dtype is None else module.dtype
     return (module.num_kv_heads, module.head_dim, _Heads(module).v_head_dim), dtype
 
 
-def _positions(x, document_starts, cache, counts):
+def _refuse_selector(module):
+    if module.selector is not None:
+        raise ValueError(
+            f"selector={type(module.selector).__name__} together with a cache: a selector sees "
+            "whole sequences; decode with selector=None, or run the layer over the whole sequence "
+            "without a cache"
+        )
+
+
+def _positions(module, x, document_starts, cache, counts):
     """Positions within each document, so that packed documents are rotated as they are alone."""
     positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     if cache is not None:
@@ -336,6 +350,7 @@ def _positions(x, document_starts, cache, counts):
                 "document_starts together with a cache: packed documents are not decoded, a row of "
                 "a cache holds one sequence"
             )
+        _refuse_selector(module)
         check_chunk(x, cache, counts)
         return cache.length[:, None] + positions
     if counts is not None:

@@ -137,6 +137,20 @@ def test_a_selector_replaces_the_choice():
     np.testing.assert_allclose(losses["selector"]["example"][0], x.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["xla", "dense"])
+def test_there_is_no_decoding_with_a_selector(kind):
+    x = inputs()
+    layer = LAYERS[kind]
+    params, cache = initialised(layer, x), layer.init_cache(x.shape[0], x.shape[1])
+    chosen = layer.clone(selector=Chosen(NSA, (0,)))
+    for call in (
+        lambda: chosen.init_cache(1, 64),
+        lambda: chosen.apply(params, x, cache=cache),
+    ):
+        with pytest.raises(ValueError, match=r"selector=Chosen together with a cache: .* decode"):
+            call()
+
+
 def test_dense_attention_with_all_blocks_selected_is_dense_attention():
     x = inputs()
     params = initialised(LAYERS["dense"], x)
