@@ -32,7 +32,7 @@ def collect(folder: Path, asked: Mapping[str, Any]) -> Path:
       asked: becomes suite.json.
     """
     results = folder / "results"
-    results.mkdir(exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     runs, curves, arrays = [], [], {}
     for variant in asked["variants"]:
         for seed in asked["seeds"]:

@@ -4,7 +4,8 @@ r"""Runs a suite of ablations: every variant with every seed, then tables, verdi
     python -m experiments.run --suite=recall --scale=cpu --seeds=0,1,2 --workdir=runs/ablations
 
 WORKDIR/SUITE_SCALE/ then holds, for each variant and seed, run.json (what ran, on what, and what
-was measured) and metrics.jsonl; results/ gathers all of it in few files, see `experiments.report`.
+was measured) and metrics.jsonl; results/ gathers in few files the variants and seeds that the last
+command asked for, see `experiments.report`.
 What is finished is skipped, and what was killed is done again from its own start: a run depends on
 its configuration and seed alone, so that the numbers are those of an uninterrupted command.
 
@@ -14,6 +15,7 @@ of their own.
 """
 
 import json
+import math
 import shlex
 import sys
 import time
@@ -81,13 +83,16 @@ def run_suite(
             raise ValueError(f"variant={name!r} must be one of {', '.join(at.variants)}")
     folder = Path(workdir).expanduser() / f"{suite.name}_{scale}"
     configs = {
-        name: training.settings(at.base, at.variants[name].overrides, overrides or {})
-        for name in names
+        name: training.settings(at.base, variant.overrides, overrides or {})
+        for name, variant in at.variants.items()
     }
-    plans = {name: training.Plan(configs[name], at.variants[name]) for name in names}
+    # Whatever its blocks, each variant sees the same rows.
+    alignment = math.lcm(*(config["nsa"]["select_block_size"] for config in configs.values()))
+    plans = {name: training.Plan(configs[name], at.variants[name], alignment) for name in names}
     for name, plan in plans.items():
         for seed in run_seeds:
             config = configs[name] | {"seed": seed, "variant": at.variants[name].identity()}
+            config |= {"alignment": alignment}
             _run(suite, plan, config, seed, folder / name / f"seed_{seed}")
     asked = {
         "name": suite.name,

@@ -1,6 +1,7 @@
 """The runner end to end on the smallest suite, its verdicts, and the registered suites as data."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -73,6 +74,7 @@ def test_a_suite_from_end_to_end(finished):
     assert config["seed"] == 1
     assert config["model"]["output_gate"]
     assert config["variant"] == {"selector": None, "options": {}, "dense_share": 0}
+    assert config["alignment"] == 8
     rows = (folder / "gated" / "seed_1" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
     with (folder / "results" / "summary.csv").open() as file:
@@ -88,6 +90,28 @@ def test_a_suite_from_end_to_end(finished):
     assert "| gated |" in (folder / "results" / "summary.md").read_text()
     for name in ("bars", "curves"):
         assert image.imread(folder / "results" / f"{name}.png").std() > 0
+
+
+def test_blocks_of_any_size_see_the_same_rows(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x" * 90)
+    (tmp_path / "b.txt").write_text("y" * 45)
+    made = []
+
+    def recorded(suite, plan, config, seed, folder):
+        made.append(plan.pipeline(seed))
+
+    blocks = {str(size): Variant(overrides={"nsa.select_block_size": size}) for size in (8, 16)}
+    text = TINY | {"data.name": "text", "data.path": str(tmp_path), "sample.length": 0}
+    scale = Scale(text | {"data.validation_fraction": 0.5}, blocks, 1)
+    monkeypatch.setattr(run, "_run", recorded)
+    suite = dataclasses.replace(SUITE, scales={"cpu": scale})
+    run.run_suite(suite, "cpu", [0], tmp_path / "runs")
+    run.run_suite(suite, "cpu", [0], tmp_path / "runs", only=["8"])
+    for part in ("train", "validation"):
+        rows = [getattr(pipeline, part)[0]["document_starts"] for pipeline in made]
+        assert len(rows) == 3
+        assert not (rows[0] % 16).any()
+        np.testing.assert_array_equal(rows, [rows[0]] * 3)
 
 
 def test_the_warm_up_attends_every_block():
