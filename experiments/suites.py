@@ -55,21 +55,11 @@ _RECALL_CPU = _SMALL | {
     "data.task_validation_rows": 256,
     "optimizer.learning_rate": 5e-3,
 }
-# Key and value are neighbours, which takes two layers; 128 pairs fill half of the row.
-_RECALL_GPU = _LARGE | {
-    "model.num_layers": 2,
-    "nsa.compress_block_size": 8,
-    "nsa.compress_stride": 4,
-    "nsa.select_block_size": 16,
-    "nsa.num_selected_blocks": 6,
-    "nsa.window_size": 32,
-    "data.name": "recall",
-    "data.seq_len": 512,
+# The same with four times the rows: what is learnt there is learnt here.
+_RECALL_GPU = _RECALL_CPU | {
+    "log_every": 50,
     "data.batch_size": 64,
-    "data.task_pairs": 128,
-    "data.task_queries": 128,
-    "data.task_pair_tokens": 2,
-    "data.task_validation_rows": 512,
+    "data.task_validation_rows": 1024,
 }
 _TEXT_CPU = _SMALL | {
     "model.num_layers": 2,
@@ -141,14 +131,14 @@ _RECALL = Suite(
     measures=(measures.validation, measures.selection, measures.gates),
     scales={
         "cpu": Scale(
-            _RECALL_CPU | {"steps": 1200},
+            _RECALL_CPU | {"steps": 1000},
             _BRANCHES,
-            12,
+            10,
         ),
         "gpu": Scale(
             _RECALL_GPU | {"steps": 1500},
             _BRANCHES,
-            9,
+            7,
         ),
     },
 )
@@ -198,13 +188,13 @@ _SELECTION_RECALL = Suite(
     measures=(measures.validation, measures.selection),
     scales={
         "cpu": Scale(
-            _RECALL_CPU | {"steps": 500},
+            _RECALL_CPU | {"steps": 800},
             _selectors(230, 229),
-            17,
+            19,
         ),
         "gpu": Scale(
-            _RECALL_GPU | {"steps": 500},
-            _selectors(807, 802),
+            _RECALL_GPU | {"steps": 600},
+            _selectors(230, 229),
             10,
         ),
     },
@@ -220,7 +210,7 @@ _SELECTION_TEXT = Suite(
             18,
         ),
         "gpu": Scale(
-            _TEXT_GPU | {"steps": 300},
+            _TEXT_GPU | {"steps": 200},
             _selectors(979, 974),
             10,
         ),
@@ -244,12 +234,12 @@ _LOSS = Suite(
     measures=(measures.validation, measures.gates),
     scales={
         "cpu": Scale(
-            _TEXT_CPU | {"steps": 1200, "data.validation_fraction": 0.05},
+            _TEXT_CPU | {"steps": 1000},
             {"nsa": _NSA, "full": _dense(274), "full_gated": _gated(273)},
-            17,
+            14,
         ),
         "gpu": Scale(
-            _TEXT_GPU | {"steps": 2000},
+            _TEXT_GPU | {"steps": 1500},
             {"nsa": _NSA, "full": _dense(979), "full_gated": _gated(974)},
             9,
         ),
@@ -258,7 +248,11 @@ _LOSS = Suite(
 
 
 def _designs(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Variant]:
-    """NSA, and NSA with one choice changed; `sizes` names n and l' of equal product."""
+    """NSA, and NSA with one choice changed.
+
+    Args:
+      sizes: n and l' by name, of equal product, which leave at least one block to choose.
+    """
 
     def nsa(**changes):
         return Variant(overrides={f"nsa.{name}": value for name, value in changes.items()})
@@ -302,79 +296,121 @@ _DESIGN = Suite(
     measures=(measures.validation, measures.gates),
     scales={
         "cpu": Scale(
-            _TEXT_CPU | {"steps": 200, "nsa.num_selected_blocks": 6},
-            _designs({"blocks_12x8": (12, 8), "blocks_3x32": (3, 32)}),
-            16,
+            _TEXT_CPU
+            | {
+                "steps": 250,
+                "data.seq_len": 512,
+                "data.batch_size": 4,
+                "nsa.num_selected_blocks": 8,
+            },
+            _designs({"blocks_16x8": (16, 8), "blocks_4x32": (4, 32)}),
+            18,
         ),
         "gpu": Scale(
-            _TEXT_GPU | {"steps": 300},
+            _TEXT_GPU | {"steps": 250},
             _designs({"blocks_16x16": (16, 16), "blocks_4x64": (4, 64)}),
             10,
         ),
     },
 )
 
-# Where the needle stands says nothing, so rotations are slow. One layer suffices.
-_NEEDLE_DATA = {
-    "data.name": "needle",
-    "data.task_validation_rows": 16,
-    "model.rope_theta": 1e6,
-}
+_NEEDLE_DATA = {"data.name": "needle", "data.task_validation_rows": 16}
 _NEEDLE_VARIANTS = {"nsa": _NSA, "window": Variant(overrides=_branches("window"))}
 _NEEDLE = Suite(
     name="needle",
     hypothesis=(
-        "NSA finds a needle at depths that its window does not reach, and beyond the trained "
-        "length more often than full attention does."
+        "NSA finds a needle at depths that its window does not reach, up to the trained length and "
+        "beyond it."
     ),
     metric="accuracy",
     larger_is_better=True,
     claims=(
         Claim(better="nsa", worse="window"),
-        Claim(better="nsa:accuracy_beyond", worse="full:accuracy_beyond"),
+        Claim(better="nsa:accuracy_beyond", worse="window:accuracy_beyond"),
     ),
     measures=(measures.needle,),
     figures=("needle",),
     scales={
         "cpu": Scale(
-            _RECALL_CPU | _NEEDLE_DATA | {"steps": 1500},
+            _RECALL_CPU | _NEEDLE_DATA | {"steps": 2000},
             _NEEDLE_VARIANTS | {"full": _dense(230)},
-            10,
+            9,
         ),
         "gpu": Scale(
-            _TEXT_GPU | _NEEDLE_DATA | {"steps": 2000},
-            _NEEDLE_VARIANTS | {"full": _dense(979)},
+            _RECALL_GPU
+            | _NEEDLE_DATA
+            | {
+                "steps": 3000,
+                "nsa.compress_block_size": 8,
+                "nsa.compress_stride": 4,
+                "nsa.select_block_size": 16,
+                "nsa.num_selected_blocks": 5,
+                "nsa.window_size": 16,
+                "data.seq_len": 512,
+                "data.batch_size": 128,
+            },
+            _NEEDLE_VARIANTS | {"full": _dense(274)},
             9,
         ),
     },
 )
 
+_APPROXIMATE = ("h2o", "static", "infllm", "quest", "clusters")
 _POSTHOC = Suite(
     name="posthoc",
     hypothesis=(
-        "Trained with its sparsity, NSA beats every method that makes a trained full-attention "
-        "model sparse at NSA's budget of tokens, and the exact top keys beat the other methods."
+        "Trained with its sparsity, NSA has a lower loss on text than every method that makes a "
+        "trained full-attention model sparse at NSA's budget of tokens, and the exact top keys "
+        "have a lower one than the other methods."
     ),
-    metric="accuracy",
-    larger_is_better=True,
+    metric="loss",
+    larger_is_better=False,
     claims=(
-        *(Claim(better="nsa", worse=f"full:accuracy_{method}") for method in POSTHOC),
+        *(Claim(better="nsa", worse=f"full:loss_{method}") for method in POSTHOC),
         *(
-            Claim(better="full:accuracy_exact_top", worse=f"full:accuracy_{method}")
-            for method in ("h2o", "static", "infllm", "quest")
+            Claim(better="full:loss_exact_top", worse=f"full:loss_{method}")
+            for method in _APPROXIMATE
         ),
     ),
     measures=(measures.validation, posthoc),
     scales={
         "cpu": Scale(
-            _RECALL_CPU | {"steps": 2000},
-            {"nsa": _NSA, "full": _dense(230)},
-            12,
+            _TEXT_CPU | {"steps": 800},
+            {"nsa": _NSA, "full": _dense(274)},
+            10,
         ),
         "gpu": Scale(
-            _RECALL_GPU | {"steps": 3000},
-            {"nsa": _NSA, "full": _dense(807)},
-            8,
+            _TEXT_GPU | {"steps": 1500},
+            {"nsa": _NSA, "full": _dense(979)},
+            9,
+        ),
+    },
+)
+# One key alone holds the answer: exact top keys are full attention here, and nobody can beat them.
+_POSTHOC_RECALL = Suite(
+    name="posthoc_recall",
+    hypothesis=(
+        "Made sparse at NSA's budget of tokens, a trained full-attention model recalls less by any "
+        "other method than by its exact top keys, and less than NSA."
+    ),
+    metric="accuracy",
+    larger_is_better=True,
+    claims=tuple(
+        Claim(better=better, worse=f"full:accuracy_{method}")
+        for better in ("full:accuracy_exact_top", "nsa")
+        for method in _APPROXIMATE
+    ),
+    measures=(measures.validation, posthoc),
+    scales={
+        "cpu": Scale(
+            _RECALL_CPU | {"steps": 1200},
+            {"nsa": _NSA, "full": _dense(230)},
+            5,
+        ),
+        "gpu": Scale(
+            _RECALL_GPU | {"steps": 1500},
+            {"nsa": _NSA, "full": _dense(230)},
+            4,
         ),
     },
 )
@@ -395,12 +431,12 @@ _MAPS = Suite(
     figures=("maps",),
     scales={
         "cpu": Scale(
-            _TEXT_CPU | {"steps": 1500},
+            _TEXT_CPU | {"steps": 800},
             {"full": _dense(274), "nsa": _NSA},
-            12,
+            8,
         ),
         "gpu": Scale(
-            _TEXT_GPU | {"steps": 2000},
+            _TEXT_GPU | {"steps": 1500},
             {"full": _dense(979), "nsa": _NSA},
             7,
         ),
@@ -417,6 +453,7 @@ SUITES = {
         _LOSS,
         _DESIGN,
         _POSTHOC,
+        _POSTHOC_RECALL,
         _MAPS,
     )
 }
