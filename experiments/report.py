@@ -3,6 +3,7 @@
 A folder of results has
 
     suite.json     what was asked: hypothesis, claims, the variants' order, the command
+    made_by.json   versions, devices and commits; each variant's parameters and the runs' seconds
     runs.csv       variant, seed, metric, value: every number that was measured
     curves.csv     variant, seed, step, loss: of the updates
     arrays.npz     what figures need beside, as variant/seed/name
@@ -33,13 +34,15 @@ def collect(folder: Path, asked: Mapping[str, Any]) -> Path:
     """
     results = folder / "results"
     results.mkdir(parents=True, exist_ok=True)
-    runs, curves, arrays = [], [], {}
+    runs, curves, arrays, records = [], [], {}, {}
     for variant in asked["variants"]:
         for seed in asked["seeds"]:
             run = folder / variant / f"seed_{seed}"
-            measured = _result(run)
-            if measured is None:
+            record = _finished(run)
+            if record is None:
                 continue
+            records.setdefault(variant, []).append(record)
+            measured = record["result"]["measured"]
             runs += [(variant, seed, name, value) for name, value in measured.items()]
             rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
             curves += [(variant, seed, row["step"], row["loss"]) for row in rows]
@@ -47,6 +50,7 @@ def collect(folder: Path, asked: Mapping[str, Any]) -> Path:
                 with np.load(run / "arrays.npz") as found:
                     arrays |= {f"{variant}/{seed}/{name}": found[name] for name in found.files}
     (results / "suite.json").write_text(json.dumps(asked, indent=2) + "\n")
+    (results / "made_by.json").write_text(json.dumps(_made_by(records), indent=2) + "\n")
     _write_csv(results / "runs.csv", ("variant", "seed", "metric", "value"), runs)
     _write_csv(results / "curves.csv", ("variant", "seed", "step", "loss"), curves)
     if arrays:
@@ -54,10 +58,30 @@ def collect(folder: Path, asked: Mapping[str, Any]) -> Path:
     return results
 
 
-def _result(run: Path) -> dict[str, float] | None:
+def _finished(run: Path) -> dict[str, Any] | None:
     path = run / "run.json"
-    recorded = json.loads(path.read_text()) if path.exists() else {}
-    return recorded["result"]["measured"] if "result" in recorded else None
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return record if "result" in record else None
+
+
+def _made_by(records: Mapping[str, list[dict]]) -> dict[str, Any]:
+    """What made the numbers, once where runs agree; of a run, the start that finished it."""
+    starts = [record["starts"][-1] for variant in records.values() for record in variant]
+    environments = []
+    for start in starts:
+        found = {name: start[name] for name in ("versions", "devices", "git")}
+        if found not in environments:
+            environments.append(found)
+    variants = {}
+    for variant, finished in records.items():
+        seconds = [record["result"]["seconds"] for record in finished]
+        start = finished[-1]["starts"][-1]
+        variants[variant] = {
+            "parameter_count": start["parameter_count"],
+            "implementation": {name: x["chosen"] for name, x in start["implementation"].items()},
+            "seconds": [round(sum(parts.values()), 1) for parts in seconds],
+        }
+    return {"environments": environments, "variants": variants}
 
 
 def read(results: Path) -> dict[tuple[str, str], dict[int, float]]:

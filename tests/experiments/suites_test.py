@@ -79,6 +79,10 @@ def test_a_suite_from_end_to_end(finished):
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
     with (folder / "results" / "summary.csv").open() as file:
         summary = {(row["variant"], row["metric"]): row for row in csv.DictReader(file)}
+    made_by = json.loads((folder / "results" / "made_by.json").read_text())
+    assert [made["devices"]["platform"] for made in made_by["environments"]] == ["cpu"]
+    assert made_by["variants"]["gated"]["implementation"] == {"dense_attention": "xla"}
+    assert len(made_by["variants"]["gated"]["seconds"]) == 2
     values = [
         json.loads((folder / "full" / f"seed_{seed}" / "run.json").read_text())["result"]
         for seed in (0, 1)
