@@ -19,6 +19,7 @@ _TOP_SHARE = 0.2
 _SHUFFLES = 8
 _ROWS = 2
 _QUERIES = 128
+_SHOWN = 256  # more than a figure resolves, and files stay small
 
 
 def maps(trained: Trained) -> dict[str, Any]:
@@ -50,9 +51,19 @@ def maps(trained: Trained) -> dict[str, Any]:
     blocks = shown.reshape(len(shown), -1, nsa.select_block_size).sum(axis=-1)
     return found | {
         "block_gain_untrained": before["block_gain"],
-        "attention_map": shown.astype(np.float32),
+        "attention_map": _reduced(shown).astype(np.float32),
         "attention_blocks": blocks.astype(np.float32),
     }
+
+
+def _reduced(attention: np.ndarray) -> np.ndarray:
+    """A map of about _SHOWN rows and columns: the mean over neighbouring queries, summed keys."""
+    factor = max(len(attention) // _SHOWN, 1)
+    cells = -(-len(attention) // factor)
+    missing = cells * factor - len(attention)
+    keys = np.pad(attention, [(0, 0), (0, missing)]).reshape(len(attention), cells, factor)
+    rows = np.arange(0, len(attention), factor)
+    return np.add.reduceat(keys.sum(axis=-1), rows) / np.diff([*rows, len(attention)])[:, None]
 
 
 def _probabilities(trained: Trained, params: Any, batch: dict) -> np.ndarray:

@@ -112,6 +112,15 @@ def test_clustering_by_hand():
     assert found["top_share"] == pytest.approx((0.3 + 0.6) / 2)
 
 
+def test_a_reduced_map_keeps_its_sums(monkeypatch):
+    monkeypatch.setattr(maps, "_SHOWN", 2)
+    full = np.array([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0.25, 0.75, 0], [0, 0.25, 0.25, 0.5]])
+    np.testing.assert_array_equal(maps._reduced(full), [[1, 0], [0.25, 0.75]])
+    # Of five, the last row and column stand alone.
+    odd = maps._reduced(np.eye(5))
+    np.testing.assert_array_equal(odd, np.eye(3))
+
+
 def test_maps_of_both_kinds(trained, tmp_path):
     full, sparse = (maps.maps(trained(model__attention=kind)) for kind in ("dense", "nsa"))
     assert full["attention_map"].shape == (32, 32)
