@@ -62,6 +62,9 @@ def get_config() -> ConfigDict:
     config.nsa.compression_width = 128  # hidden units of the "mlp" phi
     config.nsa.compressed_rope = "after"  # rotate compressed keys "after" or "before", or "none"
     config.nsa.gate_width = 0  # hidden units of the gates' MLP; 0 is one linear layer
+    config.nsa.gate_activation = "sigmoid"  # or "softmax" over the branches, or "fixed": all are 1
+    # The branches that count, for ablations.
+    config.nsa.branches = ("compressed", "selected", "window")
     config.nsa.share_kv = False  # one key and value projection for all branches instead of three
 
     config.data = ConfigDict()

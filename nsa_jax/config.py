@@ -8,6 +8,8 @@ import numbers
 
 COMPRESSIONS = ("mlp", "linear", "mean")
 COMPRESSED_ROPES = ("after", "before", "none")
+GATE_ACTIVATIONS = ("sigmoid", "softmax", "fixed")
+BRANCHES = ("compressed", "selected", "window")
 
 
 def check_integer(name: str, value: int, minimum: int) -> None:
@@ -43,6 +45,9 @@ class NSAConfig:
         block's first position; "before" compresses rotated keys; "none" uses unrotated queries and
         keys in the compressed branch.
       gate_width: hidden units of the gates' MLP; 0 makes the gates one linear layer.
+      gate_activation: "sigmoid"; "softmax" over the branches; "fixed" makes every gate 1.
+      branches: those whose outputs count. The gate of another is 0, so that nothing reaches its
+        parameters; blocks are selected by compressed scores all the same.
       share_kv: one key and one value projection for the three branches instead of one each.
 
     Raises:
@@ -63,6 +68,8 @@ class NSAConfig:
     compression_width: int = 128
     compressed_rope: str = "after"
     gate_width: int = 0
+    gate_activation: str = "sigmoid"
+    branches: tuple[str, ...] = BRANCHES
     share_kv: bool = False
 
     def __post_init__(self):
@@ -83,9 +90,12 @@ class NSAConfig:
             "key_compression": COMPRESSIONS,
             "value_compression": COMPRESSIONS,
             "compressed_rope": COMPRESSED_ROPES,
+            "gate_activation": GATE_ACTIVATIONS,
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
+        if not self.branches or set(self.branches) - set(BRANCHES):
+            raise ValueError(f"branches={self.branches!r} must be one or more of {BRANCHES}")
 
         l, d, l_sel = self.compress_block_size, self.compress_stride, self.select_block_size  # noqa: E741
         if l % d:

@@ -35,6 +35,8 @@ class TransformerConfig:
       attention: "nsa" or "dense".
       nsa: the settings of NSA; unused by "dense".
       output_gate: a sigmoid gate on the output of "dense" attention; unused by "nsa".
+      selector: a module that chooses the blocks of every attention layer, see
+        `nsa_jax.modules`; None leaves the choice to NSA, and dense attention dense.
       rope_theta: base of the rotary embeddings' wavelengths.
       dropout: the share of each part's output that is dropped in training.
       tie_embeddings: one matrix embeds tokens and reads logits.
@@ -59,6 +61,7 @@ class TransformerConfig:
     attention: str = "nsa"
     nsa: NSAConfig = dataclasses.field(default_factory=NSAConfig)
     output_gate: bool = False
+    selector: nn.Module | None = None
     rope_theta: float = 10_000.0
     dropout: float = 0.0
     tie_embeddings: bool = True
@@ -248,7 +251,7 @@ class Transformer(nn.Module):
         if config.scan_layers:
             stack = nn.scan(
                 block,
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "intermediates": 0, "losses": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=config.num_layers,
@@ -286,6 +289,7 @@ def attention_layer(config: TransformerConfig, **keywords) -> AttentionLayer:
         "num_kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "v_head_dim": config.v_head_dim,
+        "selector": config.selector,
         "rope_theta": config.rope_theta,
         "implementation": config.implementation,
         "dtype": config.dtype,
@@ -302,7 +306,7 @@ def layer_intermediates(intermediates: dict, name: str) -> Array:
 
     Args:
       intermediates: the "intermediates" collection that `Transformer.apply` returned.
-      name: "block_indices" or "gates".
+      name: "block_indices", "gates", "queries" or "keys".
 
     Raises:
       KeyError: if no layer sowed such a thing, as in a dense model.

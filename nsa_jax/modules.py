@@ -8,10 +8,10 @@ new cache beside their output.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from nsa_jax.config import NSAConfig
+from nsa_jax.config import BRANCHES, NSAConfig
 from nsa_jax.ops import compression
 from nsa_jax.ops.attention import native_sparse_attention
-from nsa_jax.ops.branches import check_positions
+from nsa_jax.ops.branches import check_positions, selected_attention
 from nsa_jax.ops.cache import DenseCache, SparseCache, check_chunk, dense_cache, sparse_cache
 from nsa_jax.ops.decode import dense_attention_cached, sparse_attention_cached
 from nsa_jax.ops.dense import dense_attention
@@ -60,35 +60,47 @@ class Compression(nn.Module):
 
 
 class Gates(nn.Module):
-    """The weight of each branch for each head: sigmoids of an MLP of the layer's input.
+    """The weight of each branch for each head: by default sigmoids of an MLP of the layer's input.
 
     Attributes:
       num_heads: N.
       width: hidden units; 0 makes it one linear layer.
+      activation: "sigmoid"; "softmax" over the branches; "fixed", which is 1 and has no parameters.
+      branches: those that count; the gate of another is 0.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
 
     num_heads: int
     width: int
+    activation: str = "sigmoid"
+    branches: tuple[str, ...] = BRANCHES
     dtype: jnp.dtype | None = None
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N 3"]:
         """The gates of the layer's input, float32, in the order compressed, selected, window."""
+        counts = jnp.array([name in self.branches for name in BRANCHES])
+        if self.activation == "fixed":
+            return jnp.broadcast_to(counts.astype(jnp.float32), (*x.shape[:2], self.num_heads, 3))
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.width:
             x = nn.gelu(nn.Dense(self.width, name="hidden", **dtypes)(x))
         logits = nn.DenseGeneral((self.num_heads, 3), name="out", **dtypes)(x)
-        return nn.sigmoid(logits.astype(jnp.float32))
+        logits = logits.astype(jnp.float32)
+        if self.activation == "softmax":
+            return nn.softmax(logits, where=counts)
+        gates = nn.sigmoid(logits)
+        return gates if set(self.branches) == set(BRANCHES) else jnp.where(counts, gates, 0.0)
 
 
 class NativeSparseAttention(nn.Module):
     """Causal self-attention through compressed blocks, selected blocks and a sliding window.
 
     For whoever asks with `mutable=["intermediates"]`, each call sows "block_indices", int32
-    [B, T, K, n], and "gates", float32 [B, T, N, 3].
+    [B, T, K, n], "gates", float32 [B, T, N, 3], and the selected branch's rotated "queries"
+    [B, T, N, H] and "keys" [B, T, K, H].
 
     Attributes:
       num_heads: N, query heads.
@@ -96,6 +108,10 @@ class NativeSparseAttention(nn.Module):
       head_dim: H, of queries and keys; even.
       v_head_dim: V, of values; by default H.
       nsa: the geometry and what the paper leaves open.
+      selector: chooses the blocks of the selected branch in place of the compressed scores: a
+        module that is called with the layer's input, those rotated queries and keys, and
+        `document_starts`, and returns block indices as `native_sparse_attention` takes them. It
+        sees whole sequences, so that there is no decoding with it.
       rope_theta: base of the rotary embeddings' wavelengths.
       implementation: see `nsa_jax.ops.dispatch`.
       dtype: of the computation; by default what inputs and parameters promote to.
@@ -107,6 +123,7 @@ class NativeSparseAttention(nn.Module):
     head_dim: int
     v_head_dim: int | None = None
     nsa: NSAConfig = NSAConfig()
+    selector: nn.Module | None = None
     rope_theta: float = 10_000.0
     implementation: str = "auto"
     dtype: jnp.dtype | None = None
@@ -116,7 +133,7 @@ class NativeSparseAttention(nn.Module):
         """An empty cache for rows of up to `capacity` tokens, to decode with.
 
         Raises:
-          ValueError: if batch_size or capacity is no positive integer.
+          ValueError: if batch_size or capacity is no positive integer, or there is a selector.
         """
         return sparse_cache(batch_size, capacity, *_cached_heads(self), self.nsa)
 
@@ -145,11 +162,12 @@ class NativeSparseAttention(nn.Module):
           room for is not kept, and its output is NaN.
 
         Raises:
-          ValueError: if the sizes of the heads do not fit, or the tokens do not fit into the cache.
+          ValueError: if the sizes of the heads do not fit, the tokens do not fit into the cache, or
+            there are a cache and a selector.
           UnsupportedError: if the implementation asked for by name cannot run here.
         """
         nsa, heads = self.nsa, _Heads(self)
-        positions = _positions(x, document_starts, cache, counts)
+        positions = _positions(self, x, document_starts, cache, counts)
         q = heads.project("query", self.num_heads, self.head_dim)(x)
         rotated_q = apply_rope(q, positions, theta=self.rope_theta)
 
@@ -162,22 +180,27 @@ class NativeSparseAttention(nn.Module):
             compressed = selected = window = key_value("")
         else:
             compressed, selected, window = map(key_value, ("_compressed", "_selected", "_window"))
-        gates = Gates(self.num_heads, nsa.gate_width, name="gate", **heads.dtypes)(x)
+        gate = {"activation": nsa.gate_activation, "branches": nsa.branches, "name": "gate"}
+        gates = Gates(self.num_heads, nsa.gate_width, **gate, **heads.dtypes)(x)
 
         def rotate_keys(branch):
             k, v = branch
             return apply_rope(k, positions, theta=self.rope_theta), v
 
-        branches = (rotate_keys(selected), rotate_keys(window), gates)
+        selected = rotate_keys(selected)
+        branches = (selected, rotate_keys(window), gates)
         options = {
             "config": nsa,
             "q_compressed": q if nsa.compressed_rope == "none" else rotated_q,
             "implementation": self.implementation,
         }
         if cache is None:
+            where, block_indices = {"document_starts": document_starts}, None
+            if self.selector is not None:
+                block_indices = self.selector(x, rotated_q, selected[0], **where)
             compressed = self._compress(*compressed, positions)
             out, block_indices = native_sparse_attention(
-                rotated_q, compressed, *branches, document_starts=document_starts, **options
+                rotated_q, compressed, *branches, block_indices=block_indices, **where, **options
             )
         else:
             out, block_indices, cache = sparse_attention_cached(
@@ -185,6 +208,8 @@ class NativeSparseAttention(nn.Module):
             )
         self.sow("intermediates", "block_indices", block_indices)
         self.sow("intermediates", "gates", gates)
+        self.sow("intermediates", "queries", rotated_q)
+        self.sow("intermediates", "keys", selected[0])
         out = heads.output(x.shape[-1])(out)
         return out if cache is None else (out, cache)
 
@@ -210,6 +235,9 @@ class NativeSparseAttention(nn.Module):
 class DenseAttention(nn.Module):
     """Full causal self-attention with grouped queries, the baseline.
 
+    For whoever asks with `mutable=["intermediates"]`, each call sows the rotated "queries"
+    [B, T, N, H] and "keys" [B, T, K, H].
+
     Attributes:
       num_heads: N, query heads.
       num_kv_heads: K, key and value heads; divides N.
@@ -217,8 +245,11 @@ class DenseAttention(nn.Module):
       v_head_dim: V, of values; by default H.
       output_gate: multiplies each head's output by a sigmoid of the layer's input, as a control
         for the gates of `NativeSparseAttention`.
+      selector: makes a finished dense layer sparse: as that of `NativeSparseAttention`, for blocks
+        of its own `nsa.select_block_size`. The query attends the blocks that it returns and nothing
+        else.
       rope_theta: base of the rotary embeddings' wavelengths.
-      implementation: see `nsa_jax.ops.dense`.
+      implementation: see `nsa_jax.ops.dense`; with a selector "cudnn" is as "auto".
       dtype: of the computation; by default what inputs and parameters promote to.
       param_dtype: of the parameters.
     """
@@ -228,6 +259,7 @@ class DenseAttention(nn.Module):
     head_dim: int
     v_head_dim: int | None = None
     output_gate: bool = False
+    selector: nn.Module | None = None
     rope_theta: float = 10_000.0
     implementation: str = "auto"
     dtype: jnp.dtype | None = None
@@ -248,19 +280,25 @@ class DenseAttention(nn.Module):
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], DenseCache]:
         """As `NativeSparseAttention.__call__`; documents may begin at any position."""
         heads = _Heads(self)
-        positions = _positions(x, document_starts, cache, counts)
+        positions = _positions(self, x, document_starts, cache, counts)
         q = heads.project("query", self.num_heads, self.head_dim)(x)
         k = heads.project("key", self.num_kv_heads, self.head_dim)(x)
         v = heads.project("value", self.num_kv_heads, heads.v_head_dim)(x)
         q, k = (apply_rope(a, positions, theta=self.rope_theta) for a in (q, k))
-        if cache is None:
-            out = dense_attention(
-                q, k, v, document_starts=document_starts, implementation=self.implementation
-            )
-        else:
+        self.sow("intermediates", "queries", q)
+        self.sow("intermediates", "keys", k)
+        where = {"document_starts": document_starts}
+        if cache is not None:
             out, cache = dense_attention_cached(
                 q, (k, v), cache, counts, implementation=self.implementation
             )
+        elif self.selector is None:
+            out = dense_attention(q, k, v, implementation=self.implementation, **where)
+        else:
+            chosen = self.selector(x, q, k, **where)
+            name = "auto" if self.implementation == "cudnn" else self.implementation
+            options = {"config": self.selector.nsa, "implementation": name}
+            out, _ = selected_attention(q, k, v, chosen, **options)
         if self.output_gate:
             gate = nn.DenseGeneral(self.num_heads, name="output_gate", **heads.dtypes)(x)
             out = out * nn.sigmoid(gate.astype(jnp.float32))[..., None].astype(out.dtype)
@@ -289,11 +327,21 @@ class _Heads:
 
 def _cached_heads(module):
     """Sizes and dtype of what a cache keeps of a token."""
+    _refuse_selector(module)
     dtype = module.param_dtype if module.dtype is None else module.dtype
     return (module.num_kv_heads, module.head_dim, _Heads(module).v_head_dim), dtype
 
 
-def _positions(x, document_starts, cache, counts):
+def _refuse_selector(module):
+    if module.selector is not None:
+        raise ValueError(
+            f"selector={type(module.selector).__name__} together with a cache: a selector sees "
+            "whole sequences; decode with selector=None, or run the layer over the whole sequence "
+            "without a cache"
+        )
+
+
+def _positions(module, x, document_starts, cache, counts):
     """Positions within each document, so that packed documents are rotated as they are alone."""
     positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     if cache is not None:
@@ -302,6 +350,7 @@ def _positions(x, document_starts, cache, counts):
                 "document_starts together with a cache: packed documents are not decoded, a row of "
                 "a cache holds one sequence"
             )
+        _refuse_selector(module)
         check_chunk(x, cache, counts)
         return cache.length[:, None] + positions
     if counts is not None:

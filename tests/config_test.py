@@ -28,6 +28,9 @@ def test_defaults_are_the_papers():
         ({"num_local_blocks": True}, "num_local_blocks=True must be an integer"),
         ({"key_compression": "max"}, "key_compression='max' must be one of .*mlp.*linear.*mean"),
         ({"compressed_rope": "first"}, "compressed_rope='first' must be one of"),
+        ({"gate_activation": "relu"}, "gate_activation='relu' must be one of .*softmax.*fixed"),
+        ({"branches": ()}, r"branches=\(\) must be one or more of"),
+        ({"branches": ("all",)}, r"branches=\('all',\) must be one or more of .*'compressed'"),
         ({"gate_width": -1}, "gate_width=-1 must be at least 0"),
     ],
 )

@@ -87,6 +87,80 @@ def test_gates_are_sigmoids_one_a_head_and_branch(width):
     assert ("hidden" in params["params"]) == bool(width)
 
 
+def test_gates_of_another_activation():
+    x = inputs()
+
+    def gates(**options):
+        layer = Gates(num_heads=4, width=0, **options)
+        params = layer.init(jax.random.key(0), x)
+        return params, layer.apply(params, x)
+
+    params, usual = gates()
+    logits = jax.scipy.special.logit(usual)
+    same, softmax = gates(activation="softmax", branches=("compressed", "window"))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, params, same))
+    expected = jax.nn.softmax(logits[..., jnp.array([0, 2])])
+    # Through the inverse of the sigmoid: some bits are lost on the way.
+    np.testing.assert_allclose(softmax[..., jnp.array([0, 2])], expected, rtol=1e-4)
+    assert not softmax[..., 1].any()
+    none, fixed = gates(activation="fixed", branches=("selected",))
+    assert not none
+    np.testing.assert_array_equal(fixed, jnp.broadcast_to(jnp.array([0.0, 1, 0]), fixed.shape))
+    _, sigmoid = gates(branches=("selected", "window"))
+    np.testing.assert_array_equal(sigmoid, usual.at[..., 0].set(0))
+
+
+class Chosen(nn.Module):
+    """A selector that always returns the blocks it was made with."""
+
+    nsa: NSAConfig
+    blocks: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x, q, k, *, document_starts=None):
+        self.sow("losses", "example", x.sum())
+        blocks = jnp.array(self.blocks, jnp.int32)
+        own = (jnp.arange(q.shape[1]) // self.nsa.select_block_size)[:, None]
+        blocks = jnp.where(blocks <= own, blocks, -1)[None, :, None]
+        return jnp.broadcast_to(blocks, (*q.shape[:2], k.shape[2], len(self.blocks)))
+
+
+def test_a_selector_replaces_the_choice():
+    x = inputs()
+    sparse = LAYERS["xla"]
+    params = initialised(sparse, x)
+    layer = sparse.clone(selector=Chosen(NSA, (1, 3)))
+    _, state = apply(layer, params, x, mutable=("intermediates", "losses"))
+    state, losses = state["intermediates"], state["losses"]
+    np.testing.assert_array_equal(state["block_indices"][0][0, 70, 0], [1, 3])
+    np.testing.assert_array_equal(state["block_indices"][0][0, 40, 0], [1, -1])
+    np.testing.assert_allclose(losses["selector"]["example"][0], x.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["xla", "dense"])
+def test_there_is_no_decoding_with_a_selector(kind):
+    x = inputs()
+    layer = LAYERS[kind]
+    params, cache = initialised(layer, x), layer.init_cache(x.shape[0], x.shape[1])
+    chosen = layer.clone(selector=Chosen(NSA, (0,)))
+    for call in (
+        lambda: chosen.init_cache(1, 64),
+        lambda: chosen.apply(params, x, cache=cache),
+    ):
+        with pytest.raises(ValueError, match=r"selector=Chosen together with a cache: .* decode"):
+            call()
+
+
+def test_dense_attention_with_all_blocks_selected_is_dense_attention():
+    x = inputs()
+    params = initialised(LAYERS["dense"], x)
+    every = Chosen(NSA, tuple(range(6)))
+    out = apply(LAYERS["dense"].clone(selector=every), params, x)
+    np.testing.assert_allclose(out, apply(LAYERS["dense"], params, x), atol=2e-5)
+    few = apply(LAYERS["dense"].clone(selector=Chosen(NSA, (0,))), params, x)
+    assert jnp.abs(few - out).max() > 1e-2
+
+
 def test_the_module_is_the_operations_put_together():
     """The layer rebuilt from its parameters with the oracle and einsums."""
     layer, x = LAYERS["xla"], inputs()

@@ -18,8 +18,9 @@ from nsa_jax.training.data import VOCAB_SIZE, DataConfig
 from nsa_jax.training.optimizer import OptimizerConfig
 from nsa_jax.training.sampling import SampleConfig
 
-# Fields of TransformerConfig that are no keys of config.model: another key or the data decide them.
-_DERIVED_MODEL_FIELDS = ("vocab_size", "implementation", "nsa")
+# Fields of TransformerConfig that are no keys of config.model: another key, the data or the caller
+# decide them.
+_DERIVED_MODEL_FIELDS = ("vocab_size", "implementation", "nsa", "selector")
 
 # The data that a sample is drawn for; the rows of the synthetic tasks are no text.
 SAMPLED = ("stdlib", "text")
@@ -92,7 +93,7 @@ def run_config(config: ConfigDict | Mapping) -> RunConfig:
     built = {name: reader.build(kind, name) for name, kind in plain.items()}
     nsa = reader.build(NSAConfig, "nsa")
     # A wrong nsa section has been noted; the model's own problems are looked for all the same.
-    derived = {"vocab_size": VOCAB_SIZE, "nsa": nsa or NSAConfig()}
+    derived = {"vocab_size": VOCAB_SIZE, "nsa": nsa or NSAConfig(), "selector": None}
     if "implementation" in reader.values:
         derived["implementation"] = reader.values["implementation"]
     built["model"] = reader.build(TransformerConfig, "model", **derived)

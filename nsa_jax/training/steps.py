@@ -95,6 +95,7 @@ def make_train_step(
 
     The gradient is that of sum(weight * nats) / sum(weight) over the whole batch, whatever the
     number of devices and microbatches, because the divisor is known before the first microbatch.
+    What layers sow as "losses" is added to it, in the mean over devices and microbatches.
     Dropout draws from (step, microbatch, device), so with dropout the number of devices matters.
 
     Args:
@@ -112,15 +113,19 @@ def make_train_step(
         key = jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS))
 
         def share(params: Any, rows: Batch, key: Array) -> tuple[Array, TokenSums]:
-            logits = model.apply(
+            logits, sown = model.apply(
                 {"params": params},
                 rows["tokens"],
                 document_starts=rows["document_starts"],
                 deterministic=False,
                 rngs={"dropout": key},
+                mutable=["losses"],
             )
             sums = loss.token_sums(logits, rows["targets"], rows["weights"])
-            return sums.nats / total_weight, sums
+            value = sums.nats / total_weight
+            for extra in jax.tree.leaves(sown):
+                value += jnp.sum(extra) / (accumulate * mesh.size)
+            return value, sums
 
         def microbatch(carry, indexed):
             index, rows = indexed

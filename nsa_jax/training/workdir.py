@@ -79,9 +79,14 @@ class Workdir:
         return bool(self._run["starts"])
 
     @property
+    def finished(self) -> bool:
+        """Whether the result of the run is on record."""
+        return "result" in self._run
+
+    @property
     def had_checkpoint(self) -> bool:
         """Whether an earlier start must have completed a checkpoint, as far as is on record."""
-        if "result" in self._run or any(start.get("from_step") for start in self._run["starts"]):
+        if self.finished or any(start.get("from_step") for start in self._run["starts"]):
             return True
         rows = metrics.read_rows(self.path / "metrics.jsonl")
         last = max((row["step"] for row in rows), default=0)

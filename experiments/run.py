@@ -1,0 +1,64 @@
+r"""Runs a suite of ablations: every variant with every seed, then tables, verdict and figures.
+
+    python -m experiments.run --list
+    python -m experiments.run --suite=recall --scale=cpu --seeds=0,1,2 --workdir=runs/ablations
+
+WORKDIR/SUITE_SCALE/ then holds, for each variant and seed, run.json (what ran, on what, and what
+was measured) and metrics.jsonl; results/ gathers in few files the variants and seeds that the last
+command asked for, see `experiments.report`.
+What is finished is skipped, and what was killed is done again from its own start: a run depends on
+its configuration and seed alone, so that the numbers are those of an uninterrupted command.
+
+--only=nsa,full runs a part of the variants. --overrides=steps=3,model.num_layers=1 changes keys of
+configs/default.py for all variants: trials of a few steps. They are other runs and need a workdir
+of their own.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from experiments.runner import listing, parse_overrides, run_suite
+from experiments.suite import SCALES
+from experiments.suites import SUITES
+from nsa_jax.ops import dispatch
+from nsa_jax.training.errors import RunError
+
+_SUITE = flags.DEFINE_enum("suite", None, list(SUITES), "which suite to run")
+_SCALE = flags.DEFINE_enum("scale", "cpu", SCALES, "how large")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "of parameters and data")
+_WORKDIR = flags.DEFINE_string("workdir", None, "where runs and results go")
+_ONLY = flags.DEFINE_list("only", None, "names of variants; all of them if not given")
+_OVERRIDES = flags.DEFINE_string("overrides", "", "dotted keys and values: steps=3,log_every=1")
+_LIST = flags.DEFINE_bool("list", False, "show the suites with what they ask and cost, and leave")
+
+
+def main(argv):
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]!r}? Flags are written --name=value.")
+    if _LIST.value:
+        print(listing())
+        return
+    if _SUITE.value is None or _WORKDIR.value is None:
+        raise app.UsageError("--suite and --workdir are needed; --list shows the suites")
+    try:
+        run_suite(
+            SUITES[_SUITE.value],
+            _SCALE.value,
+            [int(seed) for seed in _SEEDS.value],
+            Path(_WORKDIR.value),
+            only=_ONLY.value,
+            overrides=parse_overrides(_OVERRIDES.value),
+            command=shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
+        )
+    except ValueError as error:  # ConfigError is one
+        raise app.UsageError(str(error)) from error
+    except (RunError, dispatch.UnsupportedError) as error:
+        sys.exit(f"experiments.run: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)
