@@ -9,7 +9,7 @@ CONFIG ?= configs/tiny_cpu.py
 WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 WORKERS ?= 2
 # LLVM's optimisations would take a third of the tests' time, most of which is compilation.
-PYTEST = -m pytest -n $(WORKERS) $(ARGS)
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 FAST_COMPILE = XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS"
 PIP = -m pip install --quiet --disable-pip-version-check
 
