@@ -191,3 +191,15 @@ def test_lowers_for_a_gpu_within_its_shared_memory(head_dim, v_head_dim, monkeyp
     # Such copies begin at multiples of 128 bytes in shared memory, where others may lie before.
     assert boxes
     assert all(size % 128 == 0 for size in boxes)
+
+
+def test_one_block_lowers():
+    """Indices of which there is only one are numbers that Pallas knows while it traces."""
+    q, k = (jax.ShapeDtypeStruct((1, 64, heads, 64), jnp.bfloat16) for heads in (16, 1))
+    where = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 64, 1, 1), (1, 64))]
+
+    def run(q, k, *where):
+        out, pull = jax.vjp(lambda *x: selected_attention(*x, *where, 64, 0.1), q, k, k)
+        return pull(out)
+
+    jax.jit(run).trace(q, k, *where).lower(lowering_platforms=("cuda",))
