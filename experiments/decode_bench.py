@@ -11,9 +11,12 @@ in a row, after a warm-up. Last, for `--model_batches`, a step of a whole model 
 "model_nsa" and "model_dense": what the rest of a model leaves of the gain.
 
 Beside each time stands the speed at which the bytes that the step must read were read, and that
-speed over the bandwidth of a large copy, measured in the same run. The JSON file also has the time
-of the smallest program, by which short steps are bound, and the reason of each empty cell, such as
-too little memory. Writes OUTPUT.csv and .json after each row, and .png after each length.
+speed over the bandwidth of a large copy, measured in the same run. Runs in a row wait for no
+result, but each is a call from Python: where the GPU takes less, that call is what is timed. Caches
+smaller than the GPU's L2 stay there from run to run. The JSON file also has the time of the
+smallest program, below which none can be, the least and the most of each time's samples, and the
+reason of each empty cell, such as too little memory. Writes OUTPUT.csv and .json after each row,
+and .png after each length.
 
 The defaults are 24 caches of random data and two models. That is expected to take six minutes on an
 H100, most of them for compilation; `--shapes=paper` takes half of that. `--seconds=240` begins no

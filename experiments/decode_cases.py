@@ -34,7 +34,7 @@ def cases(spec: ArgSpec, implementation: str) -> dict[str, timing.Case]:
     has.
     """
     scale = spec.head_dim**-0.5
-    equal = "padded" if spec.v_head_dim < spec.head_dim else "selected"
+    padded = ("padded",) if spec.v_head_dim < spec.head_dim else ()
 
     def nsa_of(name):
         def run(q, gates, positions, *caches):
@@ -48,9 +48,10 @@ def cases(spec: ArgSpec, implementation: str) -> dict[str, timing.Case]:
         return dispatch.run("dense_step", implementation, q, *key_value, positions, scale=scale)
 
     def of_jax(name):
-        def run(q, positions, key_value):
+        def run(q, positions, key_value, *padded):
+            k, v = (key_value[0], *padded) if padded else key_value
             at = {"q_positions": positions[:, None], "implementation": name}
-            return dense.dense_attention(q[:, None], *key_value, **at)[:, 0, :, : spec.v_head_dim]
+            return dense.dense_attention(q[:, None], k, v, **at)[:, 0, :, : spec.v_head_dim]
 
         return run
 
@@ -62,16 +63,16 @@ def cases(spec: ArgSpec, implementation: str) -> dict[str, timing.Case]:
         nsa["nsa_xla"] = case(nsa_of("xla"), "gates", "positions", *CACHES)
     return nsa | {
         "dense_own": case(dense_own, "positions", "selected"),
-        "dense_cudnn": case(of_jax("cudnn"), "positions", equal),
-        "dense_jax": case(of_jax("xla"), "positions", equal),
+        "dense_cudnn": case(of_jax("cudnn"), "positions", "selected", *padded),
+        "dense_jax": case(of_jax("xla"), "positions", "selected", *padded),
     }
 
 
 def inputs(spec: ArgSpec, dtype=jnp.bfloat16) -> Callable[[], dict[str, Any]]:
     """Returns a function, to be compiled, that makes a query at the end of full random caches.
 
-    "padded" is there where values are narrower than keys: "selected" with values as wide as keys,
-    which dot_product_attention wants.
+    "padded" is there where values are narrower than keys: the values of "selected" as wide as its
+    keys, which dot_product_attention wants.
     """
     nsa = spec.nsa
     sizes = {"block_size": nsa.compress_block_size, "stride": nsa.compress_stride}
@@ -90,10 +91,9 @@ def inputs(spec: ArgSpec, dtype=jnp.bfloat16) -> Callable[[], dict[str, Any]]:
             return KeyValue(k, normal(length, spec.num_kv_heads, spec.v_head_dim))
 
         arrays = dict(zip(CACHES, map(key_value, lengths), strict=True))
-        k, v = arrays["selected"]
         wider = spec.head_dim - spec.v_head_dim
-        if wider > 0:  # a large cache is there twice only where it must be
-            arrays["padded"] = KeyValue(k, jnp.pad(v, [(0, 0)] * 3 + [(0, wider)]))
+        if wider > 0:  # of the keys, a second output would be a second copy
+            arrays["padded"] = jnp.pad(arrays["selected"][1], [(0, 0)] * 3 + [(0, wider)])
         return arrays | {
             "q": normal(spec.num_heads, spec.head_dim),
             "gates": jax.nn.sigmoid(normal(spec.num_heads, 3)),
@@ -161,8 +161,9 @@ def measure(
       repeats: samples of each.
 
     Yields:
-      Rows with "operation", and "ms", "tokens" (loaded for a group), "gb_s" (of the bytes that must
-      be read) and "of_copy" (the same over copy_gb_s), or the "reason" why there are none.
+      Rows with "operation", and "ms" (the median; "least_ms" and "most_ms" beside it), "tokens"
+      (loaded for a group), "gb_s" (of the bytes that must be read) and "of_copy" (the same over
+      copy_gb_s), or the "reason" why there are none.
     """
     steps, make = cases(spec, implementation), inputs(spec)
     traced = {"inputs": timing.attempt(lambda: jax.jit(make).trace())}
@@ -180,12 +181,14 @@ def measure(
         if isinstance(result, str):
             yield {"operation": name, "reason": result}
             continue
-        (milliseconds, *_), out = result
+        taken, out = result
         tokens = spec.length if name.startswith("dense") else loaded(spec, out[1])
-        speed = least_bytes(spec, tokens, shapes["q"].dtype.itemsize) / milliseconds / 1e6
+        speed = least_bytes(spec, tokens, shapes["q"].dtype.itemsize) / taken.median / 1e6
         yield {
             "operation": name,
-            "ms": milliseconds,
+            "ms": taken.median,
+            "least_ms": taken.least,
+            "most_ms": taken.most,
             "tokens": tokens,
             "gb_s": speed,
             "of_copy": speed / copy_gb_s,

@@ -52,7 +52,8 @@ def store_block_sums(
     # The same as in the softmax; the compiler computes it once.
     offset = tl.where(maximum == float("-inf"), 0.0, maximum)
     p = tl.exp2(scores * c - offset[:, None])
-    # Weights are small integers, which tf32 holds: the product is that of float32.
+    # Weights are small integers, which tf32 holds: of p, two parts of 11 bits count, and of a step
+    # in which all scores are equal, p being 1, every sum is exact.
     of_blocks = tl.dot(p, weights, input_precision="tf32x3")
     block = tl.arange(0, WIDTH)[None, :]
     valid_block, at_block = valid[:, None], at[:, None]
@@ -87,14 +88,19 @@ def _step_scores(
     head, step = tl.arange(0, HEADS)[:, None], start + tl.arange(0, AT_ONCE)[None, :]
     at, column = step * N + head, tl.arange(0, PADDED)
     there = (head < G) & (step < steps)
-    lacks = tl.load(maxima + at, mask=there, other=float("-inf")) - lse2[:, None]
+    behind = (head < G) & (step > 0) & (step <= steps)
+    own = tl.load(maxima + at, mask=there, other=float("-inf"))
+    before = tl.load(maxima + at - N, mask=behind, other=float("-inf"))
+    # A tail joins its block before the denominator divides both: blocks whose entries all weigh the
+    # same stay equal to the last bit, wherever a step begins.
+    maximum = tl.maximum(own, before)
+    offset = tl.where(maximum == float("-inf"), 0.0, maximum)
+    tail = tl.load(tails + at - N, mask=behind, other=0.0) * tl.exp2(before - offset)
     there = there[:, :, None] & (column < BLOCKS)[None, None, :]
     of_heads = tl.load(sums + at[:, :, None] * BLOCKS + column[None, None, :], mask=there, other=0)
-    scores = tl.sum(of_heads * tl.exp2(lacks)[:, :, None], 0)
-    there = (head < G) & (step > 0) & (step <= steps)
-    lacks = tl.load(maxima + at - N, mask=there, other=float("-inf")) - lse2[:, None]
-    before = tl.sum(tl.load(tails + at - N, mask=there, other=0.0) * tl.exp2(lacks), 0)
-    return scores + tl.where(column[None, :] == 0, before[:, None], 0.0)
+    of_heads *= tl.exp2(own - offset)[:, :, None]
+    of_heads += tl.where((column == 0)[None, None, :], tail[:, :, None], 0.0)
+    return tl.sum(of_heads * tl.exp2(maximum - lse2[:, None])[:, :, None], 0)
 
 
 @triton.jit

@@ -58,6 +58,8 @@ def test_it_counts_measures_and_writes(tmp_path):
     faster = record["nsa_faster_than_best_dense"]["tiny"]
     assert set(faster) == {"1", "2"}
     assert set(faster["1"]) == {"64"}
+    timed = [x for x in record["cases"] if "ms" in x]
+    assert all(x["least_ms"] <= x["ms"] <= x["most_ms"] for x in timed)
     assert record["smallest_program_ms"] > 0
     assert Path(f"{output}.png").exists()
 
@@ -87,6 +89,7 @@ def test_the_dense_steps_are_the_same_attention():
         for name in ("dense_own", "dense_jax")
     )
     assert own.shape == (2, 6, 16)
+    assert arrays["padded"].shape == (2, 77, 2, 24), "the keys are there once"
     np.testing.assert_allclose(own, of_jax, atol=1e-5)
 
 

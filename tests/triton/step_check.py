@@ -120,12 +120,19 @@ def test_negative_scale():
     assert_agrees(SMALL["one_head_a_group"], [150], scale=-0.5)
 
 
-def test_exact_ties_go_to_the_lower_block():
-    nsa = NSAConfig(
-        4, 4, 8, num_selected_blocks=4, num_initial_blocks=0, num_local_blocks=1, window_size=9
-    )
-    blocks = assert_agrees(ArgSpec(2, 64, 2, 1, 16, 16, nsa), [63, 40], scale=0.0)
-    assert blocks[:, 0].tolist() == [[0, 1, 2, 7], [0, 1, 2, 5]]
+# Eight blocks a step without tails, and five with them, each of a sum of 6: of 25 entries, parts of
+# it that are divided one by one add up to more than the whole.
+@pytest.mark.parametrize(
+    ("geometry", "length", "positions", "expected"),
+    [
+        ((4, 4, 8, 4, 0, 1), 64, [63, 40], [[0, 1, 2, 7], [0, 1, 2, 5]]),
+        ((8, 4, 12, 4, 0, 1), 108, [103, 107], [[1, 2, 3, 8], [1, 2, 3, 8]]),
+    ],
+)
+def test_exact_ties_go_to_the_lower_block(geometry, length, positions, expected):
+    nsa = NSAConfig(*geometry, window_size=9)
+    blocks = assert_agrees(ArgSpec(2, length, 2, 1, 16, 16, nsa), positions, scale=0.0)
+    assert blocks[:, 0].tolist() == expected
 
 
 def test_by_hand():
