@@ -167,6 +167,8 @@ def test_ctrl_c_before_the_run_has_started_ends_with_130(tmp_path):
         "import os, signal\n"
         "from configs import tiny_cpu\n"
         "def get_config():\n"
+        # As from a terminal: what a shell runs in the background ignores the signal from the start.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    return tiny_cpu.get_config()\n"
     )
