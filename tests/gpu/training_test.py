@@ -1,0 +1,75 @@
+"""Training on a GPU, and dense attention through cuDNN."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa_jax import DenseAttention
+from nsa_jax.training import parallel
+from nsa_jax.training.setup import prepare
+from tests.training import tiny_run
+
+pytestmark = pytest.mark.gpu
+
+
+def train(implementation, dtype="bfloat16"):
+    """Makes 20 updates on one batch; returns the nats a token of each, and the state after it."""
+    config = tiny_run.settings(
+        steps=20, implementation=implementation, model__dtype=dtype, model__head_dim=16
+    )
+    setup = prepare(config)
+    tokens = np.random.default_rng(0).integers(0, 257, (4, 33), np.int32)
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones((4, 32), np.float32),
+        "document_starts": np.zeros((4, 32), np.int32),
+    }
+    batch = parallel.global_batch(batch, setup.mesh)
+    state, losses = setup.make_state(), []
+    for _ in range(config.steps):
+        state, metrics = setup.train_step(state, batch)
+        losses.append(float(metrics.sums.nats / metrics.sums.weight))
+    return losses, state
+
+
+def test_twenty_updates_agree_with_xla():
+    (actual, _), (expected, _) = train("triton"), train("xla")
+    assert expected[-1] < 0.8 * expected[0], "nothing was learned"
+    # bfloat16 activations have 8 bits, and a selected block may change with the last of them.
+    np.testing.assert_allclose(actual, expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_twenty_updates_give_the_same_bits_twice(implementation):
+    chex.assert_trees_all_equal(train(implementation), train(implementation))
+
+
+@pytest.mark.parametrize("v_head_dim", [64, 48])
+@pytest.mark.parametrize("packed", [False, True])
+def test_dense_attention_through_cudnn_agrees_with_xla(v_head_dim, packed):
+    layer = DenseAttention(8, 2, 64, v_head_dim, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (2, 512, 256), jnp.bfloat16)
+    starts = jnp.broadcast_to(jnp.where(jnp.arange(512) < 192, 0, 192), (2, 512))
+    starts = starts if packed else None
+    params = layer.init(jax.random.key(1), x)
+
+    def run(implementation):
+        @jax.jit
+        def gradient(params):
+            def loss(params):
+                out = layer.clone(implementation=implementation).apply(
+                    params, x, document_starts=starts
+                )
+                return (out.astype(jnp.float32) ** 2).mean(), out
+
+            return jax.grad(loss, has_aux=True)(params)
+
+        return gradient(params)
+
+    for a, b in zip(*map(jax.tree.leaves, (run("cudnn"), run("xla"))), strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        assert jnp.linalg.norm(a - b) < 1e-2 * jnp.linalg.norm(b)
+    np.testing.assert_array_equal(*(run(name)[1] for name in ("auto", "cudnn")))
