@@ -31,6 +31,7 @@ from pallas_kernels.mosaic_gpu.common import (
     by_column,
     full,
     product,
+    share_work,
     smem,
 )
 from pallas_kernels.mosaic_gpu.ranking import (
@@ -45,7 +46,6 @@ from pallas_kernels.mosaic_gpu.ranking import (
     rows_a_pass,
 )
 
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 COLUMNS = 128  # columns of one product, at most
 LSE_COLUMNS = 32  # numbers that a copy moves, at least
 RESERVED = 4096  # bytes of shared memory for barriers, alignment and what Pallas itself takes
@@ -253,10 +253,7 @@ def _kernel(
     where = jax.lax.div(rest, groups), jax.lax.rem(rest, groups)
     walk = walks[where[0], index, 0], walks[where[0], index, 1]
 
-    @pl.when(warpgroup < cut.warpgroups)
-    def _compute():
-        if cut.warpgroups > 1:  # two warpgroups begin with more registers than these
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    def compute():
         tile = index * cut.warpgroups + warpgroup
         q_tile, lse_tile, there = (x.at[warpgroup] for x in (q_smem, lse_smem, q_there))
         _load_tile(q, lse, where, tile, q_tile, lse_tile, there)
@@ -287,11 +284,10 @@ def _kernel(
         plgpu.copy_smem_to_gmem(result, out.at[*where, :, mine])
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup == cut.warpgroups)
-    def _memory():
-        if cut.warpgroups > 1:
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+    def copy():
         _stream(k, where, walk, k_smem, k_there, k_free)
+
+    share_work(cut.warpgroups, compute, copy)
 
 
 def _select(q, k, lse, q_positions, document_starts, *, blocks, number, initial, local, scale):

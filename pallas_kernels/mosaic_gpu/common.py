@@ -21,12 +21,46 @@ ROWS = 64
 #: every copy and the length of that dimension in global memory are multiples of 8.
 TILE_ROWS = 8
 
+#: Registers of a thread that computes and of one that copies, by how many warpgroups compute. With
+#: one, both begin with more.
+REGISTERS = {2: (232, 40), 3: (160, 24)}
+
 #: How shared memory is laid out for the tensor cores: those tiles, swizzled.
 TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
 
 #: One element a register: the layout of an accumulator, and of vectors of its rows and columns.
 TILE = plgpu.Layout.WGMMA
 OF_ROWS, OF_COLUMNS = TILE.reduce(1), TILE.reduce(0)
+
+
+def padded_keys(x):
+    """[B, S, ...], S a multiple of 8, as the copies want it."""
+    padding = -x.shape[1] % TILE_ROWS
+    return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
+
+
+def share_work(computing, compute, copy):
+    """Gives the warpgroups of a program their work, and the registers for it.
+
+    Args:
+      computing: how many of them compute; the one after them copies.
+      compute: a function without arguments.
+      copy: likewise.
+    """
+    warpgroup = jax.lax.axis_index("warpgroup")
+    many, few = REGISTERS.get(computing, (None, None))
+
+    @pl.when(warpgroup < computing)
+    def _():
+        if many is not None:
+            plgpu.set_max_registers(many, action="increase")
+        compute()
+
+    @pl.when(warpgroup == computing)
+    def _():
+        if few is not None:
+            plgpu.set_max_registers(few, action="decrease")
+        copy()
 
 
 def smem(*shape, dtype):

@@ -23,12 +23,14 @@ from pallas_kernels.mosaic_gpu.common import (
     accumulate,
     by_row,
     full,
+    padded_keys,
     product,
+    share_work,
     smem,
 )
 from pallas_kernels.mosaic_gpu.interval_backward import backward
 from pallas_kernels.mosaic_gpu.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
-from pallas_kernels.mosaic_gpu.walks import COMPUTE, COMPUTE_REGISTERS, MEMORY_REGISTERS, Walk
+from pallas_kernels.mosaic_gpu.walks import COMPUTE, Walk
 
 
 def _update(state, scores, c, masked):
@@ -156,9 +158,7 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, 
         walks.stream(walk.steps, stages, (k_free, fill_k), (v_free, fill_v), before=before)
         return before + walk.steps
 
-    @pl.when(warpgroup < COMPUTE)
-    def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    def compute_all():
         # Turns go on from one pair of tiles to the next, whose queries are there if there is room
         # for both. If not, they come when both warpgroups are done, without waiting for a turn.
         if q_stages > 1:
@@ -167,12 +167,12 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, 
         if q_stages > 1:
             pl.when(warpgroup == 0)(take_turn)
 
-    @pl.when(warpgroup == COMPUTE)
-    def _():
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+    def copy_all():
         steps = jax.lax.fori_loop(0, rounds, copy, jnp.int32(0))
         walks.drain(steps, stages, k_free, v_free)
         walks.drain(rounds, q_stages, q_free)
+
+    share_work(COMPUTE, compute_all, copy_all)
 
 
 def _forward(q, k, v, lo, hi, *, scale, longest):
@@ -191,8 +191,8 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
     out, lse = launch.launch(
         functools.partial(_interval_forward, cut=cut, pairs=tiles // COMPUTE, c=scale * LOG2E),
         padded_q,
-        walks.padded_keys(k),
-        walks.padded_keys(walks.keep_seen(v, lo, hi)),
+        padded_keys(k),
+        padded_keys(walks.keep_seen(v, lo, hi)),
         walks.over_keys(lo, hi, num_keys, group, tiles, cut.keys, least=1),
         *walks.intervals_of_rows(lo, hi, num_keys, group, tiles),
         out_type=(

@@ -12,17 +12,20 @@ from pallas_kernels.mosaic_gpu.common import (
     LOG2E,
     OF_COLUMNS,
     OF_ROWS,
+    REGISTERS,
     ROWS,
     TILE,
     accumulate,
     by_column,
     by_row,
     full,
+    padded_keys,
     product,
     products,
+    share_work,
     smem,
 )
-from pallas_kernels.mosaic_gpu.walks import COMPUTE, COMPUTE_REGISTERS, MEMORY_REGISTERS, Walk
+from pallas_kernels.mosaic_gpu.walks import COMPUTE, Walk
 
 #: Programs that keep the chip busy to the end. Fewer tiles of keys than that have their queries
 #: split among several programs, whose sums are added in order.
@@ -40,9 +43,7 @@ def _interval_dq(
     batch, kv_head, pair = walks.place(jax.lax.axis_index("program"), pairs, k.shape[2])
     walk = Walk.load(table, batch, pair)
 
-    @pl.when(warpgroup < COMPUTE)
-    def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    def compute():
         tile = pair * COMPUTE + warpgroup
         there, q_rows, d_out_rows = (x.at[warpgroup] for x in (rows_there, q_smem, d_out_smem))
         rows.load(q, q_rows, there, batch, kv_head, tile)
@@ -81,10 +82,7 @@ def _interval_dq(
         plgpu.commit_smem()
         rows.store(dq, q_rows, batch, kv_head, tile)
 
-    @pl.when(warpgroup == COMPUTE)
-    def _():
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-
+    def copy():
         def fill(n, slot):
             for ref, buffer in ((k, k_smem), (v, v_smem)):
                 keys = ref.at[batch, walk.keys(n, size), kv_head]
@@ -92,6 +90,8 @@ def _interval_dq(
 
         walks.stream(walk.steps, stages, (keys_free, fill))
         walks.drain(walk.steps, stages, keys_free)
+
+    share_work(COMPUTE, compute, copy)
 
 
 def _interval_dkv(
@@ -119,7 +119,7 @@ def _interval_dkv(
         return pl.ds(pl.multiple_of(tile * cut.keys + part * ROWS, ROWS), ROWS)
 
     def compute(part, with_dk, with_dv):
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(REGISTERS[COMPUTE][0], action="increase")
         k_tile, v_tile = k_smem.at[part], v_smem.at[part]
         plgpu.barrier_wait(keys_there)
 
@@ -176,7 +176,7 @@ def _interval_dkv(
 
     @pl.when(warpgroup == COMPUTE)
     def _():
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(REGISTERS[COMPUTE][1], action="decrease")
         for part in range(parts):
             for ref, buffer in ((k, k_smem), (v, v_smem)):
                 source = ref.at[batch, keys(part), kv_head]
@@ -258,20 +258,18 @@ def backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
     num_keys, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
     tiles = rows.num_tiles(num_queries, group, COMPUTE)
-    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1) - d_lse
-    # In base 2; +inf on an empty row, so that its probabilities are 0.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
+    lse, delta = rows.lse2_and_delta(lse, out, d_out, d_lse)
     lse, delta = (
         rows.from_heads(x, num_kv_heads, tiles, fill) for x, fill in ((lse, jnp.inf), (delta, 0))
     )
     row_arrays = (rows.split_heads(rows.padded_queries(x, group), num_kv_heads) for x in (q, d_out))
     padded_q, d_out = row_arrays
     intervals = walks.intervals_of_rows(lo, hi, num_keys, group, tiles)
-    padded_k, padded_v = walks.padded_keys(k), walks.padded_keys(v)
+    padded_k, padded_v = padded_keys(k), padded_keys(v)
 
     cut = walks.lookup("interval_dq", q, v, longest)
     table = walks.over_keys(lo, hi, num_keys, group, tiles, cut.keys)
-    clean_k = walks.padded_keys(walks.keep_seen(k, lo, hi))
+    clean_k = padded_keys(walks.keep_seen(k, lo, hi))
     dq = _query_gradient(
         padded_q, clean_k, padded_v, d_out, table, intervals, lse, delta, cut, scale
     )

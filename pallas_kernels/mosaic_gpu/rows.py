@@ -11,7 +11,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu.common import ROWS, TILE_ROWS
+from pallas_kernels.mosaic_gpu.common import LOG2E, ROWS, TILE_ROWS
 
 
 def queries_per_tile(group):
@@ -67,6 +67,17 @@ def to_heads(x, num_queries, group):
     else:
         x = x.reshape(batch, num_kv_heads, tiles, group, queries).transpose(0, 2, 4, 1, 3)
     return x.reshape(batch, tiles * queries, num_kv_heads * group)[:, :num_queries]
+
+
+def lse2_and_delta(lse, out, d_out, d_lse):
+    """What a backward pass has to know of the softmax of each row, float32 [B, T, N].
+
+    Returns:
+      lse in base 2, +inf on an empty row, so that its probabilities are 0; and what every score's
+      gradient of a row has in common, the sum of out * d_out less the gradient of lse.
+    """
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1) - d_lse
+    return jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), delta
 
 
 def _boxes(ref, batch, kv_head, tile):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lists import inverted_index
-from pallas_kernels.mosaic_gpu import launch, lists, selected_backward, tuning
-from pallas_kernels.mosaic_gpu.common import LOG2E, ROWS, TILE_ROWS
+from pallas_kernels.mosaic_gpu import launch, lists, rows, selected_backward, tuning
+from pallas_kernels.mosaic_gpu.common import ROWS, TILE_ROWS, padded_keys
 from pallas_kernels.mosaic_gpu.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
 from pallas_kernels.mosaic_gpu.selected_forward import forward
 
@@ -28,8 +28,8 @@ def _heads(group):
 
 def _split_heads(x, num_kv_heads, fill=0):
     """[B, T, N, ...] as [B, T, K, heads, ...], with `fill` for heads that do not exist."""
-    group = x.shape[2] // num_kv_heads
-    x = x.reshape(*x.shape[:2], num_kv_heads, group, *x.shape[3:])
+    x = rows.split_heads(x, num_kv_heads)
+    group = x.shape[3]
     padding = [(0, 0)] * x.ndim
     padding[3] = (0, _heads(group) - group)
     return jnp.pad(x, padding, constant_values=fill) if group < TILE_ROWS else x
@@ -37,12 +37,6 @@ def _split_heads(x, num_kv_heads, fill=0):
 
 def _join_heads(x, group):
     return x[:, :, :, :group].reshape(*x.shape[:2], -1, *x.shape[4:])
-
-
-def _padded_keys(x):
-    """[B, S, ...], S a multiple of 8, as the copies want it."""
-    padding = -x.shape[1] % TILE_ROWS
-    return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
 
 
 def _tiles(kernel, q, k, v, block_indices, q_positions, block_size):
@@ -68,7 +62,7 @@ def _forward(q, k, v, block_indices, q_positions, *, block_size, scale):
     group = q.shape[2] // k.shape[2]
     unions, positions = _tiles("selected_forward", q, k, v, block_indices, q_positions, block_size)
     out, lse = forward(
-        *(_split_heads(q, k.shape[2]), _padded_keys(k), _padded_keys(v), unions, positions),
+        *(_split_heads(q, k.shape[2]), padded_keys(k), padded_keys(v), unions, positions),
         block_size=block_size,
         scale=scale,
     )
@@ -85,12 +79,11 @@ def _to_rows(x, computing, fill):
 
 def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, block_size, scale):
     num_kv_heads, num_keys = k.shape[2], k.shape[1]
-    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1) - d_lse
-    lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
+    lse2, delta = rows.lse2_and_delta(lse, out, d_out, d_lse)
     delta = _split_heads(delta, num_kv_heads)
     lse2 = _split_heads(lse2, num_kv_heads, jnp.inf)
     q_heads, d_out_heads = (_split_heads(x, num_kv_heads) for x in (q, d_out))
-    keys, values = _padded_keys(k), _padded_keys(v)
+    keys, values = padded_keys(k), padded_keys(v)
 
     unions, positions = _tiles("selected_dq", q, k, v, block_indices, q_positions, block_size)
     dq = selected_backward.dq(

@@ -17,6 +17,7 @@ from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.common import (
     LOG2E,
     OF_COLUMNS,
+    REGISTERS,
     ROWS,
     TILE,
     accumulate,
@@ -25,12 +26,12 @@ from pallas_kernels.mosaic_gpu.common import (
     full,
     product,
     products,
+    share_work,
     smem,
 )
 from pallas_kernels.mosaic_gpu.selected_walk import (
     KEYS,
     MOST_STAGES,
-    REGISTERS,
     SMALL,
     Ring,
     Walk,
@@ -111,7 +112,8 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
             plgpu.wait_smem_to_gmem(0)
             return n
 
-        walk.run(
+        share_work(
+            walk.computing,
             lambda: walk.over_tiles(compute_tile, 0),
             lambda: walk.load((k, v), (blocks, masks, counts), positions, rings, cleared=0),
         )

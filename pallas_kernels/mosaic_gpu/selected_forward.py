@@ -14,6 +14,7 @@ from pallas_kernels.mosaic_gpu.common import (
     by_row,
     full,
     product,
+    share_work,
     smem,
 )
 from pallas_kernels.mosaic_gpu.selected_walk import (
@@ -79,7 +80,8 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
             plgpu.wait_smem_to_gmem(0)
             return n
 
-        walk.run(
+        share_work(
+            walk.computing,
             lambda: walk.over_tiles(compute_tile, 0),
             lambda: walk.load((k, v), (blocks, masks, counts), positions, rings, cleared=1),
         )

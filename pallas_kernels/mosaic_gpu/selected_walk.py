@@ -21,22 +21,10 @@ from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.common import OF_ROWS, ROWS, TILE, by_row, smem
 
 KEYS = 64  # keys of a step
-MULTIPROCESSORS = 132  # of an H100; what is compiled elsewhere than on a GPU is for that
-
-#: Registers of a thread that computes and of one that copies, by how many warpgroups compute.
-REGISTERS = {2: (232, 40), 3: (160, 24)}
 
 #: Shared memory that barriers and small arrays may take, bytes.
 SMALL = 4096
 MOST_STAGES = 8
-
-
-def _num_programs():
-    """One program a multiprocessor; in the interpreter two, for each to have several tiles."""
-    if launch.is_interpreted():
-        return 2
-    first = jax.devices()[0]
-    return first.core_count if first.platform == "gpu" else MULTIPROCESSORS
 
 
 class Place(NamedTuple):
@@ -110,7 +98,7 @@ class Walk(NamedTuple):
         batch, _, groups, heads, features = q.shape
         features = features, v.shape[3]
         tiles, computing = positions.shape[1:3]
-        programs = min(batch * groups * tiles, _num_programs())
+        programs = min(batch * groups * tiles, launch.num_cores())
         return cls(
             *(batch, groups, tiles, computing, heads, block_size, features),
             *(_stages(*features, 2 * computing * ROWS * row_features), programs),
@@ -142,21 +130,6 @@ class Walk(NamedTuple):
             for stages, features in zip(self.stages, self.features, strict=True)
         ]
         return *rings, plgpu.Barrier()
-
-    def run(self, compute, copy):
-        """Gives the warpgroups of a program their work and their registers."""
-        warpgroup = jax.lax.axis_index("warpgroup")
-        registers, few = REGISTERS[self.computing]
-
-        @pl.when(warpgroup < self.computing)
-        def _():
-            plgpu.set_max_registers(registers, action="increase")
-            compute()
-
-        @pl.when(warpgroup == self.computing)
-        def _():
-            plgpu.set_max_registers(few, action="decrease")
-            copy()
 
     def over_tiles(self, body, carry):
         """carry = body(place, carry) for each tile of this program."""

@@ -16,7 +16,6 @@ from pallas_kernels.mosaic_gpu import rows, tuning
 from pallas_kernels.mosaic_gpu.common import TILE, TILE_ROWS, by_row
 
 COMPUTE = 2  # warpgroups that compute, beside one that copies
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 
 #: Keys up to which an interval counts as short: its programs begin and end more than they walk.
 SHORT = 1024
@@ -114,12 +113,6 @@ def keep_seen(x, lo, hi):
         return begun > ended
 
     return jnp.where(jax.vmap(seen)(lo, hi)[:, :, None, None], x, 0)
-
-
-def padded_keys(x):
-    """[B, S, ...], S a multiple of 8, as the copies want it."""
-    padding = -x.shape[1] % TILE_ROWS
-    return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
 
 
 def place(index, pairs, num_kv_heads):

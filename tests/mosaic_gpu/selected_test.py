@@ -15,8 +15,10 @@ from tests.mosaic_gpu.interpreter import interpreted
 
 
 @pytest.fixture(autouse=True)
-def small_items(monkeypatch):
+def small_items_and_few_cores(monkeypatch):
+    """So that a block has several items, and a program several tiles."""
     monkeypatch.setattr(selected, "ITEM_QUERIES", 8)
+    monkeypatch.setattr(launch, "num_cores", lambda: 2)
 
 
 def normal(seed, shape, dtype=jnp.float32):
