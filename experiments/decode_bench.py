@@ -6,17 +6,17 @@ First counts the tokens that a step of NSA loads, beside the paper's Table 4. Th
 attention of one step in bfloat16, over full caches of random data at every length and batch: "nsa"
 (three branches, the choice of blocks, gates) and "nsa_xla", dense attention through cuDNN and XLA
 by jax.nn.dot_product_attention, and "dense_own", the dense step of NSA's own implementation.
-Projections and writes to the cache are no part of it. A time is a median over samples of many runs
-in a row, after a warm-up. Last, for `--model_batches`, a step of a whole model of two wide layers,
-"model_nsa" and "model_dense": what the rest of a model leaves of the gain.
+Projections and writes to the cache are no part of it. A time is that of one of 16 steps that run in
+a row in one program, the median over samples of many such programs, after a warm-up. Last, for
+`--model_batches`, a step of a whole model of two wide layers, "model_nsa" and "model_dense": what
+the rest of a model leaves of the gain.
 
 Beside each time stands the speed at which the bytes that the step must read were read, and that
-speed over the bandwidth of a large copy, measured in the same run. Runs in a row wait for no
-result, but each is a call from Python: where the GPU takes less, that call is what is timed. Caches
-smaller than the GPU's L2 stay there from run to run. The JSON file also has the time of the
-smallest program, below which none can be, the least and the most of each time's samples, and the
-reason of each empty cell, such as too little memory. Writes OUTPUT.csv and .json after each row,
-and .png after each length.
+speed over the bandwidth of a large copy, measured in the same run. Caches smaller than the GPU's L2
+stay there from step to step. The JSON file also has the time of the smallest program, which a step
+takes at least where each is called from Python, the least and the most of each time's samples, and
+the reason of each empty cell, such as too little memory. Writes OUTPUT.csv and .json after each
+row, and .png after each length.
 
 The defaults are 24 caches of random data and two models. That is expected to take six minutes on an
 H100, most of them for compilation; `--shapes=paper` takes half of that. `--seconds=240` begins no

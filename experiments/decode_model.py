@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from experiments import timing
+from experiments.decode_cases import RUNS
 from nsa_jax.model import Transformer, TransformerConfig
 from tests.arg_specs import ArgSpec
 
-RUNS = 16  # steps of a sample, one after another, each with the cache of the one before
 #: The paper's model is as wide (section 4.1), its MLP a mixture of experts.
 SIZES = {"num_layers": 2, "model_dim": 2560, "mlp_dim": 6912, "vocab_size": 32768}
 
@@ -26,7 +26,7 @@ def measure(
     """Times a step of a model with NSA, and of one with dense attention.
 
     Embedding, projections, writes to the cache, MLPs and logits are part of it; both models have
-    the same sizes and compute in bfloat16.
+    the same sizes and compute in bfloat16. `RUNS` steps are one program.
 
     Args:
       spec: batch, heads and features; its length is that of the caches, which are nearly full.
@@ -62,16 +62,19 @@ def _milliseconds(model: Transformer, spec: ArgSpec, repeats: int) -> float:
         raise ValueError(f"a cache of {spec.length} tokens has no room for {steps} steps")
     params, cache = jax.jit(lambda: _filled(model, spec, spec.length - steps))()
 
-    def step(params, token, cache):
-        logits, cache = model.apply({"params": params}, token, cache=cache)
-        return logits[:, -1:].argmax(axis=-1).astype(jnp.int32), cache
+    def run(params, token, cache):
+        def step(_, carry):
+            token, cache = carry
+            logits, cache = model.apply({"params": params}, token, cache=cache)
+            return logits[:, -1:].argmax(axis=-1).astype(jnp.int32), cache
 
-    step = jax.jit(step, donate_argnums=2)
+        return jax.lax.fori_loop(0, RUNS, step, (token, cache))
+
+    run = jax.jit(run, donate_argnums=2)
     token, samples = jnp.zeros((spec.batch, 1), jnp.int32), []
     for _ in range(repeats + 1):  # the first one compiles and warms up
         start = time.perf_counter()
-        for _ in range(RUNS):
-            token, cache = step(params, token, cache)
+        token, cache = run(params, token, cache)
         jax.block_until_ready(token)
         samples.append(1e3 * (time.perf_counter() - start) / RUNS)
     return statistics.median(samples[1:])

@@ -93,6 +93,18 @@ def test_the_dense_steps_are_the_same_attention():
     np.testing.assert_allclose(own, of_jax, atol=1e-5)
 
 
+def test_steps_in_a_row_do_what_one_does():
+    arrays = jax.jit(decode_cases.inputs(SPEC, jnp.float32))()
+    nsa = decode_cases.cases(SPEC, "xla")["nsa"]
+    arguments = tuple(arrays[x] for x in nsa.arguments)
+    run = jax.jit(decode_cases.in_a_row(nsa.function))
+    out, blocks = run(*arguments)
+    expected, expected_blocks = jax.jit(nsa.function)(*arguments)
+    np.testing.assert_array_equal(blocks, expected_blocks)
+    # Compiled in a loop, sums may be made in another order.
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
 def test_whole_models_step():
     sizes = {"num_layers": 1, "model_dim": 16, "mlp_dim": 8, "vocab_size": 11}
     found = list(decode_model.measure(SPEC, "xla", 1, sizes))

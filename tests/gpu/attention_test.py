@@ -71,8 +71,9 @@ def test_kernels_agree_with_the_oracle(kernels, name):
 @pytest.mark.parametrize(("kernels", "name"), CASES)
 def test_kernels_select_as_the_oracle_where_scores_are_apart(kernels, name):
     spec = SPECS[name]
-    # In float32, or in float16 for both.
-    dtype = DTYPES[kernels][0]
+    # Groups of 64 heads of 128 float32 features have no room on the chip; in float16, exact scores
+    # are those of the same 16 bits.
+    dtype = jnp.float32 if name in SMALL else jnp.float16
     arrays, nsa = random_inputs(spec, dtype=dtype), spec.nsa
     q, (k, v) = arrays["q"], arrays["compressed"]
 

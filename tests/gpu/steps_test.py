@@ -9,7 +9,7 @@ import pytest
 
 from experiments import decode_cases
 from nsa_jax import DenseAttention, NativeSparseAttention, NSAConfig
-from nsa_jax.ops import dispatch, selection
+from nsa_jax.ops import dispatch, reference, selection
 from nsa_jax.ops.branches import selection_sizes
 from tests.arg_specs import SMALL, ArgSpec, random_inputs
 from tests.gpu.agreement import TOLERANCE, assert_close, in_float32
