@@ -15,6 +15,7 @@ import optax
 
 from experiments.selectors.base import attention_probabilities, block_mass
 from experiments.training import Trained
+from nsa_jax import determinism
 from nsa_jax.model import Transformer, layer_intermediates
 from nsa_jax.training import tasks
 
@@ -40,7 +41,7 @@ def guesses(model: Transformer, params: Any, batches) -> Iterator[Guesses]:
         yield Guesses(batch, np.asarray(nats, np.float64), np.asarray(right))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(determinism.jit, static_argnums=0)
 def _guess(model, params, batch):
     logits = model.apply(
         {"params": params}, batch["tokens"], document_starts=batch["document_starts"]
@@ -130,10 +131,10 @@ def selection(trained: Trained) -> dict[str, float]:
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(determinism.jit, static_argnums=0)
 def _chosen(model, params, batch):
     """The chosen blocks [layers, B, T, K, n], and the mass in them [layers, B, T]."""
-    sown = intermediates(model, params, batch)
+    sown = _sown(model, params, batch)
     size = model.config.nsa.select_block_size
 
     def mass_in(layer):
@@ -148,8 +149,7 @@ def _chosen(model, params, batch):
     return chosen, jax.lax.map(mass_in, (chosen, q, k))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def intermediates(model: Transformer, params: Any, batch: dict) -> dict:
+def _sown(model: Transformer, params: Any, batch: dict) -> dict:
     """Everything that the layers sow for a batch; see `nsa_jax.model.layer_intermediates`."""
     _, variables = model.apply(
         {"params": params},
@@ -158,6 +158,9 @@ def intermediates(model: Transformer, params: Any, batch: dict) -> dict:
         mutable=["intermediates"],
     )
     return variables["intermediates"]
+
+
+intermediates = determinism.jit(_sown, static_argnums=0)
 
 
 def gates(trained: Trained) -> dict[str, float]:
@@ -169,9 +172,9 @@ def gates(trained: Trained) -> dict[str, float]:
     return dict(zip(names, map(float, means), strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(determinism.jit, static_argnums=0)
 def _mean_gates(model, params, batch):
-    sown = intermediates(model, params, batch)
+    sown = _sown(model, params, batch)
     return layer_intermediates(sown, "gates").mean(axis=(0, 1, 2, 3))
 
 

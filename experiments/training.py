@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from configs import default
 from experiments import selectors
 from experiments.suite import Variant
+from nsa_jax import determinism
 from nsa_jax.model import Transformer
 from nsa_jax.training import checkpoint, optimizer, parallel, schema, seeds, steps
 from nsa_jax.training import config as config_lib
@@ -96,15 +96,11 @@ class Plan:
         self._alignment = alignment or run.model.nsa.select_block_size
         self._warm_up_steps = round(variant.dense_share * run.steps)
         self._optimizer = optimizer.make_optimizer(run.optimizer, run.steps)
-        self._init = jax.jit(self._make_state)
-        abstract = jax.eval_shape(self._make_state, jax.random.key(0)).params
+        new_state = functools.partial(steps.new_state, self.model, self._optimizer)
+        self._init = determinism.jit(new_state)
+        abstract = jax.eval_shape(new_state, jax.random.key(0)).params
         self.parameters = checkpoint.shapes(abstract)
         self.parameter_count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-
-    def _make_state(self, key):
-        tokens = jnp.zeros((1, self.run.model.nsa.select_block_size), jnp.int32)
-        params = self.model.init(key, tokens)["params"]
-        return steps.TrainState(params, self._optimizer.init(params), jnp.zeros((), jnp.int32))
 
     @functools.cached_property
     def warm_up_model(self) -> Transformer:

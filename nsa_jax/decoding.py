@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nsa_jax import determinism
 from nsa_jax.config import check_integer
 from nsa_jax.model import LayerCache, Transformer
 from nsa_jax.typing import Array, Float, Int
@@ -104,7 +105,7 @@ def prefill(
     return logits, cache
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@partial(determinism.jit, static_argnames="model", donate_argnames="cache")
 def _extend(model, params, tokens, counts, logits, cache):
     """Logits behind the last token that counts, the old ones where none does; and the new cache."""
     new, cache = model.apply({"params": params}, tokens, cache=cache, counts=counts)
@@ -148,7 +149,7 @@ def draw(
     return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-@jax.jit
+@determinism.jit
 def _draw(logits, positions, allowed, seed, sampling):
     """Draws row r's token at its position from a stream of its own: keys of (seed, r, position)."""
     fold = jax.vmap(jax.random.fold_in)

@@ -42,6 +42,7 @@ ALLOWED = {
     },
     "nsa_jax.ops.dispatch": {"nsa_jax.ops.xla", "pallas_kernels"},
     "nsa_jax.rotary": {"jax", "nsa_jax.typing"},
+    "nsa_jax.determinism": {"jax"},
     "nsa_jax.modules": {
         "flax",
         "jax",
@@ -60,7 +61,13 @@ ALLOWED = {
         "nsa_jax.ops.dispatch",
         "nsa_jax.typing",
     },
-    "nsa_jax.decoding": {"jax", "nsa_jax.config", "nsa_jax.model", "nsa_jax.typing"},
+    "nsa_jax.decoding": {
+        "jax",
+        "nsa_jax.config",
+        "nsa_jax.determinism",
+        "nsa_jax.model",
+        "nsa_jax.typing",
+    },
     "nsa_jax.training": {
         "flax",
         "grain",
@@ -69,6 +76,7 @@ ALLOWED = {
         "ml_collections",
         "nsa_jax.config",
         "nsa_jax.decoding",
+        "nsa_jax.determinism",
         "nsa_jax.model",
         "nsa_jax.ops.dense",
         "nsa_jax.ops.dispatch",

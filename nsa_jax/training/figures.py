@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from nsa_jax import determinism
 from nsa_jax.model import Transformer, layer_intermediates
 
 _BRANCHES = ("compressed", "selected", "window")
@@ -61,7 +61,7 @@ def attention_record(model: Transformer, params: Any, batch: dict) -> dict[str, 
       block_indices: int32 [layers, T, K, n], -1 where there is no block.
       gates: float32 [layers, T, N, 3].
     """
-    apply = jax.jit(partial(model.apply, mutable=["intermediates"]))
+    apply = determinism.jit(partial(model.apply, mutable=["intermediates"]))
     _, variables = apply(
         {"params": params}, batch["tokens"][:1], document_starts=batch["document_starts"][:1]
     )

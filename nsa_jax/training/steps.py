@@ -6,6 +6,7 @@ compiler cannot partition thus work unchanged, and every sum over devices is wri
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from nsa_jax import determinism
 from nsa_jax.model import Transformer
 from nsa_jax.training import loss, parallel
 from nsa_jax.training.errors import NonFiniteError
@@ -53,6 +55,15 @@ class StepMetrics(NamedTuple):
     learning_rate: Array
 
 
+def new_state(
+    model: Transformer, optimizer: optax.GradientTransformation, key: Array
+) -> TrainState:
+    """The state of step 0, with parameters drawn from `key`."""
+    tokens = jnp.zeros((1, model.config.nsa.select_block_size), jnp.int32)
+    params = model.init(key, tokens)["params"]
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
 def init_state(
     model: Transformer, optimizer: optax.GradientTransformation, key: Array, mesh: Mesh
 ) -> tuple[Callable[[], TrainState], TrainState]:
@@ -68,18 +79,13 @@ def init_state(
       make: returns the state, the same on every device.
       abstract: jax.ShapeDtypeStruct with shardings in place of arrays; costs no memory.
     """
-    tokens = jnp.zeros((1, model.config.nsa.select_block_size), jnp.int32)
-
-    def make(key: Array) -> TrainState:
-        params = model.init(key, tokens)["params"]
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
+    make = partial(new_state, model, optimizer)
     sharding = parallel.replicated(mesh)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(make, key),
     )
-    return lambda: jax.jit(make, out_shardings=sharding)(key), abstract
+    return lambda: determinism.jit(make, out_shardings=sharding)(key), abstract
 
 
 def make_train_step(
@@ -155,7 +161,7 @@ def make_train_step(
     sharded = jax.shard_map(
         update, mesh=mesh, in_specs=(P(), P(parallel.AXIS)), out_specs=P(), check_vma=False
     )
-    return jax.jit(sharded, donate_argnums=0)
+    return determinism.jit(sharded, donate_argnums=0)
 
 
 def make_eval_step(model: Transformer, mesh: Mesh) -> Callable[[Any, Batch], TokenSums]:
@@ -171,7 +177,7 @@ def make_eval_step(model: Transformer, mesh: Mesh) -> Callable[[Any, Batch], Tok
     sharded = jax.shard_map(
         sums, mesh=mesh, in_specs=(P(), P(parallel.AXIS)), out_specs=P(), check_vma=False
     )
-    return jax.jit(sharded)
+    return determinism.jit(sharded)
 
 
 def evaluate(

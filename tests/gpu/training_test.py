@@ -1,5 +1,10 @@
 """Training on a GPU, and dense attention through cuDNN."""
 
+import hashlib
+import os
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,18 +19,18 @@ from tests.training import tiny_run
 pytestmark = pytest.mark.gpu
 
 
-def train(implementation, dtype="bfloat16"):
+def train(**changes):
     """Makes 20 updates on one batch; returns the nats a token of each, and the state after it."""
     config = tiny_run.settings(
-        steps=20, implementation=implementation, model__dtype=dtype, model__head_dim=16
+        **{"steps": 20, "model__dtype": "bfloat16", "model__head_dim": 16} | changes
     )
-    setup = prepare(config)
-    tokens = np.random.default_rng(0).integers(0, 257, (4, 33), np.int32)
+    setup, length = prepare(config), config.data.seq_len
+    tokens = np.random.default_rng(0).integers(0, 257, (4, length + 1), np.int32)
     batch = {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "weights": np.ones((4, 32), np.float32),
-        "document_starts": np.zeros((4, 32), np.int32),
+        "weights": np.ones((4, length), np.float32),
+        "document_starts": np.zeros((4, length), np.int32),
     }
     batch = parallel.global_batch(batch, setup.mesh)
     state, losses = setup.make_state(), []
@@ -36,7 +41,7 @@ def train(implementation, dtype="bfloat16"):
 
 
 def test_twenty_updates_agree_with_xla():
-    (actual, _), (expected, _) = train("triton"), train("xla")
+    (actual, _), (expected, _) = (train(implementation=name) for name in ("triton", "xla"))
     assert expected[-1] < 0.8 * expected[0], "nothing was learned"
     # bfloat16 activations have 8 bits, and a selected block may change with the last of them.
     np.testing.assert_allclose(actual, expected, rtol=2e-2)
@@ -44,7 +49,41 @@ def test_twenty_updates_agree_with_xla():
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 def test_twenty_updates_give_the_same_bits_twice(implementation):
-    chex.assert_trees_all_equal(train(implementation), train(implementation))
+    first, second = (train(implementation=implementation) for _ in range(2))
+    chex.assert_trees_all_equal(first, second)
+
+
+def print_digest(attention):
+    """Of the parameters after 20 updates of a model wide enough for a choice of products."""
+    _, state = train(
+        model__attention=attention,
+        model__model_dim=1024,
+        model__mlp_dim=2048,
+        model__head_dim=64,
+        data__seq_len=1024,
+    )
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state.params):
+        digest.update(np.asarray(leaf).tobytes())
+    print("digest", digest.hexdigest())
+
+
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+def test_two_processes_train_the_same_bits(attention):
+    """Each compiles for itself, with the compiler's own flags, and at the same time as the other.
+
+    By default the compiler keeps of several products the one that was fastest while it tried.
+    """
+    code = f"from tests.gpu.training_test import print_digest; print_digest({attention!r})"
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    first, second = (process.communicate()[0].decode() for process in processes)
+    assert "digest" in first
+    assert first == second
 
 
 @pytest.mark.parametrize("v_head_dim", [64, 48])
