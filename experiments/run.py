@@ -9,11 +9,13 @@ command asked for, see `experiments.report`.
 What is finished is skipped, and what was killed is done again from its own start: a run depends on
 its configuration and seed alone, so that the numbers are those of an uninterrupted command.
 
+--workers=2 does two variants at a time, each in a process of its own, and changes no number.
 --only=nsa,full runs a part of the variants. --overrides=steps=3,model.num_layers=1 changes keys of
 configs/default.py for all variants: trials of a few steps. They are other runs and need a workdir
 of their own.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -32,6 +34,9 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "of parameters and data")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where runs and results go")
 _ONLY = flags.DEFINE_list("only", None, "names of variants; all of them if not given")
 _OVERRIDES = flags.DEFINE_string("overrides", "", "dotted keys and values: steps=3,log_every=1")
+_WORKERS = flags.DEFINE_integer(
+    "workers", 1, "processes among which the variants are shared", lower_bound=1
+)
 _LIST = flags.DEFINE_bool("list", False, "show the suites with what they ask and cost, and leave")
 
 
@@ -44,6 +49,8 @@ def main(argv):
         return
     if _SUITE.value is None or _WORKDIR.value is None:
         raise app.UsageError("--suite and --workdir are needed; --list shows the suites")
+    if _WORKERS.value > 1:  # read when a GPU is first used; the first to come would take it all
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         run_suite(
             SUITES[_SUITE.value],
@@ -53,6 +60,7 @@ def main(argv):
             only=_ONLY.value,
             overrides=parse_overrides(_OVERRIDES.value),
             command=shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
+            workers=_WORKERS.value,
         )
     except ValueError as error:  # ConfigError is one
         raise app.UsageError(str(error)) from error

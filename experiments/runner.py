@@ -2,19 +2,21 @@
 
 import json
 import math
+import multiprocessing
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments import draw, report, training
-from experiments.suite import Scale, Suite
+from experiments.suite import Scale, Suite, Variant
 from experiments.suites import SUITES
-from nsa_jax.ops import dense, dispatch
 from nsa_jax.training import environment, seeds
 from nsa_jax.training import workdir as workdir_lib
+from nsa_jax.training.setup import explain_attention
 from nsa_jax.training.workdir import Workdir
 
 _HARDWARE = {"cpu": "two quiet cores", "gpu": "one H100"}
@@ -29,6 +31,7 @@ def run_suite(
     only: list[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
     command: str = "",
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Trains and measures what is not finished yet, and writes the results.
 
@@ -40,6 +43,7 @@ def run_suite(
       only: names of variants; all if None.
       overrides: dotted keys of configs/default.py, put over all variants.
       command: told in the results.
+      workers: processes among which the variants are shared; with 1 this one does them all.
 
     Returns:
       The verdicts, see `report.summarise`.
@@ -61,12 +65,16 @@ def run_suite(
     }
     # Whatever its blocks, each variant sees the same rows.
     alignment = math.lcm(*(config["nsa"]["select_block_size"] for config in configs.values()))
-    plans = {name: training.Plan(configs[name], at.variants[name], alignment) for name in names}
-    for name, plan in plans.items():
-        for seed in run_seeds:
-            config = configs[name] | {"seed": seed, "variant": at.variants[name].identity()}
-            config |= {"alignment": alignment}
-            _run(suite, plan, config, seed, folder / name / f"seed_{seed}")
+    jobs = [
+        _Job(suite, at.variants[name], configs[name], alignment, run_seeds, folder / name)
+        for name in names
+    ]
+    plans = [job.plan() for job in jobs]  # whatever is wrong is known before any work starts
+    if workers == 1:
+        for job, plan in zip(jobs, plans, strict=True):
+            _do(job, plan)
+    else:
+        _share(jobs, workers)
     asked = {
         "name": suite.name,
         "scale": scale,
@@ -84,6 +92,41 @@ def run_suite(
     draw.all_figures(results)
     print(f"{suite.name}: {verdicts['verdict']}; written to {results}", flush=True)
     return verdicts
+
+
+class _Job(NamedTuple):
+    """A variant with its seeds, and the folder of their runs."""
+
+    suite: Suite
+    variant: Variant
+    config: Mapping[str, Any]
+    alignment: int
+    seeds: list[int]
+    folder: Path
+
+    def plan(self) -> training.Plan:
+        return training.Plan(self.config, self.variant, self.alignment)
+
+
+def _share(jobs: list[_Job], workers: int) -> None:
+    """Does the jobs in other processes, so many at a time."""
+    spawn = multiprocessing.get_context("spawn")  # this process may hold a device already
+    with ProcessPoolExecutor(workers, spawn) as pool:
+        futures = [pool.submit(_do, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _do(job: _Job, plan: training.Plan | None = None) -> None:
+    plan = plan or job.plan()
+    for seed in job.seeds:
+        config = {**job.config, "seed": seed, "variant": job.variant.identity()}
+        config |= {"alignment": job.alignment}
+        _run(job.suite, plan, config, seed, job.folder / f"seed_{seed}")
 
 
 def _run(suite: Suite, plan: training.Plan, config: Mapping, seed: int, folder: Path) -> None:
@@ -123,14 +166,9 @@ def _run(suite: Suite, plan: training.Plan, config: Mapping, seed: int, folder: 
 
 
 def _facts(plan: training.Plan, seed: int) -> dict[str, Any]:
-    model = plan.run.model
-    if model.attention == "nsa":
-        implementation = dispatch.explain(model.implementation)
-    else:
-        implementation = dense.explain(model.implementation, model.dtype, model.head_dim)
     return {
         **environment.describe(),
-        "implementation": implementation,
+        "implementation": explain_attention(plan.run.model),
         "seeds": {name: seeds.stream_seed(seed, name) for name in ("parameters", "data")},
         "parameter_count": plan.parameter_count,
     }

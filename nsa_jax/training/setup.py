@@ -7,7 +7,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nsa_jax.model import Transformer
+from nsa_jax.model import Transformer, TransformerConfig
+from nsa_jax.ops import dense, dispatch
 from nsa_jax.training import config as config_lib
 from nsa_jax.training import optimizer, parallel, seeds, steps
 from nsa_jax.training.config import RunConfig
@@ -64,6 +65,14 @@ def prepare(config: ConfigDict | Mapping, mesh: Mesh | None = None) -> Setup:
     )
     eval_step = steps.make_eval_step(model, mesh)
     return Setup(run, mesh, model, make_state, abstract_state, train_step, eval_step)
+
+
+def explain_attention(model: TransformerConfig) -> dict[str, Any]:
+    """Returns what runs each attention operation of a model here and why, as run.json has it."""
+    if model.attention == "nsa":
+        return dispatch.explain(model.implementation)
+    head_dim = max(model.head_dim, model.v_head_dim or 0)
+    return dense.explain(model.implementation, model.dtype, head_dim)
 
 
 def parameter_count(params: Any) -> int:

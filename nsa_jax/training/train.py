@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from nsa_jax.ops import dense, dispatch
 from nsa_jax.training import (
     checkpoint,
     environment,
@@ -27,7 +26,7 @@ from nsa_jax.training.checkpoint import Checkpoints
 from nsa_jax.training.data import Pipeline, make_pipeline
 from nsa_jax.training.errors import CheckpointError, NonFiniteError, RunError, RunInterrupted
 from nsa_jax.training.finish import finish
-from nsa_jax.training.setup import Setup, parameter_count, prepare
+from nsa_jax.training.setup import Setup, explain_attention, parameter_count, prepare
 from nsa_jax.training.signals import StopRequest
 from nsa_jax.training.steps import StepMetrics, TrainState
 from nsa_jax.training.workdir import Workdir
@@ -167,15 +166,10 @@ def _start_or_go_on(
 def _facts(setup: Setup, pipeline: Pipeline, start: int) -> dict[str, Any]:
     """Returns what run.json says about one start of the run."""
     run = setup.run
-    if run.model.attention == "nsa":
-        implementation = dispatch.explain(run.model.implementation)
-    else:
-        head_dim = max(run.model.head_dim, run.model.v_head_dim or 0)
-        implementation = dense.explain(run.model.implementation, run.model.dtype, head_dim)
     return {
         "from_step": start,
         **environment.describe(),
-        "implementation": implementation,
+        "implementation": explain_attention(run.model),
         "seeds": {
             "seed": run.seed,
             **{name: seeds.stream_seed(run.seed, name) for name in _STREAMS},

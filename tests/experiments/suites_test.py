@@ -168,6 +168,11 @@ def test_what_was_killed_goes_on_to_the_same_numbers(finished, tmp_path, monkeyp
     assert files(tmp_path) == files(finished[0])  # and everything repeats to the bit
 
 
+def test_workers_change_no_number(finished, tmp_path):
+    run_smallest(tmp_path, workers=2)
+    assert files(tmp_path) == files(finished[0])
+
+
 def test_another_run_in_the_same_folder_is_refused(finished):
     with pytest.raises(WorkdirError, match=r"steps: was 3, is 2"):
         run_smallest(finished[0], overrides={"steps": 2, "optimizer.warmup_steps": 1})
