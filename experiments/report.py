@@ -179,6 +179,8 @@ def _markdown(asked, values, judged) -> list[str]:
     for variant in asked["variants"]:
         cells = [_cell(values.get((variant, metric), {})) for metric in metrics]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
+    if missing := _missing(asked, values):
+        lines += ["", f"Not run: {'; '.join(missing)}."]
     lines += ["", f"Hypothesis: **{judged['verdict']}**.", ""]
     for claim in judged["claims"]:
         gap = "" if claim["gap"] is None else f", gap {claim['gap']:+.4f}"
@@ -187,6 +189,17 @@ def _markdown(asked, values, judged) -> list[str]:
             f"- {claim['better']} better than {claim['worse']}: {claim['verdict']}{gap}{std}"
         )
     return lines
+
+
+def _missing(asked, values) -> list[str]:
+    """What of variants and seeds has no number."""
+    found = {(variant, seed) for (variant, _), seeds in values.items() for seed in seeds}
+    absent = {}
+    for variant in asked["variants"]:
+        for seed in asked["seeds"]:
+            if (variant, seed) not in found:
+                absent.setdefault(variant, []).append(str(seed))
+    return [f"{variant} with seed {', '.join(seeds)}" for variant, seeds in absent.items()]
 
 
 def _cell(seeds: Mapping[int, float]) -> str:

@@ -188,6 +188,17 @@ def test_a_summary_needs_the_files_alone(finished, tmp_path):
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
 
 
+def test_a_summary_says_what_was_not_run(finished, tmp_path):
+    results = shutil.copytree(finished[0] / "smallest_cpu" / "results", tmp_path / "copied")
+    asked = json.loads((results / "suite.json").read_text())
+    asked |= {"seeds": [0, 1, 2, 3], "variants": ["full", "gated", "wide"]}
+    (results / "suite.json").write_text(json.dumps(asked))
+    report.summarise(results)
+    text = (results / "summary.md").read_text()
+    expected = "full with seed 2, 3; gated with seed 2, 3; wide with seed 0, 1, 2, 3"
+    assert f"Not run: {expected}." in text
+
+
 def test_a_command_without_a_suite_says_what_it_needs():
     # Apart from this process, whose flags other commands define as well.
     command = [sys.executable, "-m", "experiments.run"]
