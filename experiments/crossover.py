@@ -10,14 +10,13 @@ and gives back make whatever runs after it up to three times slower.) Prints a t
 as CSV, with the command, the hardware and the versions in a JSON file beside it.
 """
 
-import csv
 import json
 from pathlib import Path
 
 import jax
 from absl import app, flags
 
-from experiments.timing import hardware, median_ms
+from experiments.timing import hardware, median_ms, write_csv
 from nsa_jax import NSAConfig, native_sparse_attention
 from tests.arg_specs import ArgSpec, random_inputs
 
@@ -87,11 +86,8 @@ def main(argv):
         print(" | ".join(f"{value:.4g}" for value in rows[-1].values()), flush=True)
     if _OUTPUT.value:
         output = Path(_OUTPUT.value)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows({k: round(v, 3) for k, v in row.items()} for row in rows)
+        rows = [{k: round(v, 3) for k, v in row.items()} for row in rows]
+        write_csv(output.with_suffix(".csv"), COLUMNS, rows)
         output.with_suffix(".json").write_text(
             json.dumps(hardware("experiments.crossover"), indent=2) + "\n"
         )

@@ -23,7 +23,6 @@ H100, most of them for compilation; `--shapes=paper` takes half of that. `--seco
 other cache after so many.
 """
 
-import csv
 import importlib.util
 import itertools
 import json
@@ -63,11 +62,7 @@ COLUMNS = ("shape", "batch", "length", "operation", "ms", "tokens", "gb_s", "of_
 def write(output: Path, rows, record: dict) -> None:
     """Writes the table and the record."""
     rows = timing.rounded(rows)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{output}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    timing.write_csv(Path(f"{output}.csv"), COLUMNS, rows)
     faster = decode_cases.speedups(rows)
     everything = timing.rounded(record | {"nsa_faster_than_best_dense": faster}) | {"cases": rows}
     Path(f"{output}.json").write_text(json.dumps(everything, indent=2) + "\n")

@@ -15,7 +15,6 @@ What cannot run has an empty cell, and its reason is in the JSON file. Writes OU
 .png after each length.
 """
 
-import csv
 import dataclasses
 import importlib.util
 import json
@@ -64,8 +63,8 @@ def visible_pairs(spec: ArgSpec, blocks) -> dict[str, int]:
       blocks: [B, T, K, n], the selected blocks, -1 for none; None leaves their pairs uncounted.
     """
     nsa, query = spec.nsa, np.arange(spec.length, dtype=np.int64)
-    _, complete = compression.visible_blocks(
-        query, np.zeros_like(query), block_size=nsa.compress_block_size, stride=nsa.compress_stride
+    complete = compression.complete_blocks(
+        query + 1, block_size=nsa.compress_block_size, stride=nsa.compress_stride
     )
     a_query = {
         "compressed": int(np.asarray(complete, np.int64).sum()),
@@ -309,14 +308,8 @@ def summary(rows) -> dict:
 
 def write(output: Path, rows, record: dict, implementation: str) -> None:
     """Writes the table, the record and, with matplotlib, the figure."""
-    cases = [
-        {k: timing.rounded(v) for k, v in row.items()} for row in rows if row["pass"] != "memory"
-    ]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{output}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(cases)
+    cases = timing.rounded([row for row in rows if row["pass"] != "memory"])
+    timing.write_csv(Path(f"{output}.csv"), COLUMNS, cases)
     everything = record | summary(rows) | {"cases": cases}
     Path(f"{output}.json").write_text(json.dumps(everything, indent=2) + "\n")
     if importlib.util.find_spec("matplotlib"):
@@ -410,8 +403,8 @@ def main(argv):
         print("matplotlib is not installed (pip install 'nsa-jax[plots]'): no figure will be drawn")
     limits = timing.ceilings(_REPEATS.value)
     record = timing.hardware("experiments.kernel_bench")
-    rounded = {name: timing.rounded(value) for name, value in limits.items()}
-    record |= {"implementation": implementation, "dtype": "bfloat16", "ceilings": rounded}
+    record |= {"implementation": implementation, "dtype": "bfloat16"}
+    record["ceilings"] = timing.rounded(limits)
     print(", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
     head = f"{'shape':<10} {'length':>7} {'operation':<14} {'pass':<9}"
     print(f"{head} {'ms':>9} {'TFLOP/s':>8} {'/ floor':>7}", flush=True)

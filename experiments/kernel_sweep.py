@@ -19,7 +19,9 @@ from experiments import timing
 from nsa_jax.ops import dispatch
 from tests.arg_specs import BENCHMARK
 
-_KERNEL = flags.DEFINE_string("kernel", None, "a name of pallas_kernels.triton.tuning.KERNELS")
+_KERNEL = flags.DEFINE_string(
+    "kernel", None, "a name of pallas_kernels.triton.tuning.KERNELS, but none of a decoding step"
+)
 _KEYS = flags.DEFINE_enum(
     "keys", "dense", ["compressed", "window", "dense"], "what an interval kernel attends"
 )
@@ -69,6 +71,11 @@ def check(kernel: str, keys: str) -> None:
 
     if kernel not in tuning.KERNELS:
         raise app.UsageError(f"--kernel={kernel!r} is none of {', '.join(tuning.KERNELS)}")
+    if kernel.startswith("step"):
+        raise app.UsageError(
+            f"--kernel={kernel} is launched by a decoding step, and the operations that are swept "
+            "are those of training"
+        )
     has_short = f"{kernel.removesuffix('_short')}_short" in tuning.KERNELS
     if has_short and kernel.endswith("_short") != (keys == "window"):
         raise app.UsageError(

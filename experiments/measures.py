@@ -16,6 +16,7 @@ import optax
 from experiments.selectors.base import attention_probabilities, block_mass
 from experiments.training import Trained
 from nsa_jax import determinism
+from nsa_jax.config import BRANCHES
 from nsa_jax.model import Transformer, layer_intermediates
 from nsa_jax.training import tasks
 
@@ -168,8 +169,7 @@ def gates(trained: Trained) -> dict[str, float]:
     if trained.run.model.attention != "nsa":
         return {}
     means = _mean_gates(trained.model, trained.params, trained.pipeline.validation[0])
-    names = ("gate_compressed", "gate_selected", "gate_window")
-    return dict(zip(names, map(float, means), strict=True))
+    return {f"gate_{name}": float(x) for name, x in zip(BRANCHES, means, strict=True)}
 
 
 @functools.partial(determinism.jit, static_argnums=0)

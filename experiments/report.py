@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from nsa_jax.training.workdir import read_run
+
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not resolved"
 
 
@@ -38,8 +40,8 @@ def collect(folder: Path, asked: Mapping[str, Any]) -> Path:
     for variant in asked["variants"]:
         for seed in asked["seeds"]:
             run = folder / variant / f"seed_{seed}"
-            record = _finished(run)
-            if record is None:
+            record = read_run(run)
+            if record is None or "result" not in record:
                 continue
             records.setdefault(variant, []).append(record)
             measured = record["result"]["measured"]
@@ -56,12 +58,6 @@ def collect(folder: Path, asked: Mapping[str, Any]) -> Path:
     if arrays:
         np.savez_compressed(results / "arrays.npz", **arrays)
     return results
-
-
-def _finished(run: Path) -> dict[str, Any] | None:
-    path = run / "run.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    return record if "result" in record else None
 
 
 def _made_by(records: Mapping[str, list[dict]]) -> dict[str, Any]:

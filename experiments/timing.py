@@ -3,6 +3,7 @@
 Nothing here reads flags, so that every benchmark has its own.
 """
 
+import csv
 import dataclasses
 import functools
 import math
@@ -11,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,6 +115,15 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(x) for x in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
+    """Writes those columns of a table, in a folder that is made if need be; gaps stay empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def compiled(traced: dict[Any, Any]) -> dict[Any, Any]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UsageError(Exception):
@@ -34,8 +34,14 @@ def run(
     sys.modules["__main__"].__doc__ = description
     for flag in own_flags:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
+
+    def begin(arguments: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # of what libraries tell, JAX and Orbax most
+        return main(arguments)
+
     try:
-        app.run(main, flags_parser=parse)
+        app.run(begin, flags_parser=parse)
     except UsageError as error:
         leave(name, str(error), 2)
     except KeyboardInterrupt:

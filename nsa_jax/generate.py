@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from nsa_jax import command_line
 from nsa_jax.command_line import UsageError
@@ -69,8 +69,6 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _main(_: list[str]) -> None:
     # Imported here, so that --help and mistakes on the command line answer at once.
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
     from nsa_jax.decoding import Sampling
     from nsa_jax.training import sampling, trained
     from nsa_jax.training.errors import RunError

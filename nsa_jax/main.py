@@ -17,7 +17,7 @@ import runpy
 import sys
 import traceback
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nsa_jax import command_line
@@ -137,8 +137,6 @@ def _config_path(argv: list[str]) -> str | None:
 
 def _main(_: list[str]) -> int | None:
     # Imported here, so that --help and mistakes on the command line answer at once.
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # of what libraries tell, JAX and Orbax most of all
     import jax
 
     from nsa_jax.ops.dispatch import UnsupportedError

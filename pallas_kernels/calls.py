@@ -33,6 +33,14 @@ def positive_scale(q, scale):
     return (-q, -scale) if scale < 0 else (0 * q, 1.0)
 
 
+def num_select_blocks(
+    num_compressed: int, *, compress_block_size: int, compress_stride: int, select_block_size: int
+) -> int:
+    """As many blocks as begin among the tokens that could have made C compressed keys, no more."""
+    tokens = num_compressed * compress_stride + compress_block_size - 1
+    return max(-(-tokens // select_block_size), 1)
+
+
 @functools.cache
 def device() -> tuple[str, float]:
     """The kind of the process' first device, and its compute capability; 0 if it has none."""

@@ -131,8 +131,9 @@ def check_chunk(
 
 def complete_blocks(length: Int[Array, "*rows"], config: NSAConfig) -> Int[Array, "*rows"]:
     """The compressed blocks that so many tokens complete."""
-    blocks = (length - config.compress_block_size) // config.compress_stride + 1
-    return jnp.maximum(blocks, 0)
+    return compression.complete_blocks(
+        length, block_size=config.compress_block_size, stride=config.compress_stride
+    )
 
 
 def kept_and_lost(

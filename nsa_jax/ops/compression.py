@@ -40,6 +40,13 @@ def block_starts(num_blocks: int, *, stride: int) -> Int[Array, " C"]:
     return stride * jnp.arange(num_blocks, dtype=jnp.int32)
 
 
+def complete_blocks(
+    num_tokens: Int[Array, "*rows"], *, block_size: int, stride: int
+) -> Int[Array, "*rows"]:
+    """`num_compressed_blocks` of numbers that are known at run time alone."""
+    return jnp.maximum((num_tokens - block_size) // stride + 1, 0)
+
+
 def visible_blocks(
     q_positions: Int[Array, "B T"],
     document_starts: Int[Array, "B T"],
@@ -53,5 +60,4 @@ def visible_blocks(
     Before a document's first block is complete the interval is empty: hi <= lo.
     """
     lo = -(-document_starts // stride)
-    hi = (q_positions + 1 - block_size) // stride + 1
-    return lo, jnp.maximum(hi, 0)
+    return lo, complete_blocks(q_positions + 1, block_size=block_size, stride=stride)

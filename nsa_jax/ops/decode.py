@@ -138,9 +138,9 @@ def dense_attention_cached(
     counts, lost = cache.kept_and_lost(past, counts, q.shape[1])
     now = cache.append_dense(past, new, counts)
     q_positions = _positions(past, q.shape[1])
-    features = max(x.shape[-1] for x in (q, *now.tokens))
-    dense.resolve(implementation, q.dtype, features)  # raises for what cannot run
     if q.shape[1] == 1 and implementation != "cudnn":
+        features = max(x.shape[-1] for x in (q, *now.tokens))
+        dense.resolve(implementation, q.dtype, features)  # raises for what cannot run
         step = (q[:, 0], *now.tokens, q_positions[:, 0])
         out = dispatch.run("dense_step", implementation, *step, scale=q.shape[-1] ** -0.5)[:, None]
     else:

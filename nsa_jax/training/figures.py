@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from nsa_jax import determinism
+from nsa_jax.config import BRANCHES
 from nsa_jax.model import Transformer, layer_intermediates
-
-_BRANCHES = ("compressed", "selected", "window")
 
 
 def missing() -> str | None:
@@ -110,7 +109,7 @@ def draw_selection(record: dict[str, np.ndarray], block_size: int, path: Path) -
         ylabel=f"query block ({block_size} tokens)",
     )
     means = record["gates"].mean(axis=(1, 2))
-    for branch, name in enumerate(_BRANCHES):
+    for branch, name in enumerate(BRANCHES):
         right.plot(np.arange(1, layers + 1), means[:, branch], marker="o", label=name)
     right.set(title="mean gates", xlabel="layer", ylabel="gate", ylim=(0, 1))
     right.set_xticks(np.arange(1, layers + 1))

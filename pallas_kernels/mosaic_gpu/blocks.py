@@ -21,6 +21,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.calls import num_select_blocks
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.common import (
     LOG2E,
@@ -395,9 +396,13 @@ def select_blocks(
 
 
 def _blocks(num_compressed, compress, stride, select):
-    """As many blocks as begin among the tokens that could have made C compressed keys, no more."""
-    tokens = num_compressed * stride + compress - 1
-    return Blocks(compress, stride, select, max(pl.cdiv(tokens, select), 1))
+    number = num_select_blocks(
+        num_compressed,
+        compress_block_size=compress,
+        compress_stride=stride,
+        select_block_size=select,
+    )
+    return Blocks(compress, stride, select, number)
 
 
 def refusal(operation: str, *args, **kwargs) -> str | None:

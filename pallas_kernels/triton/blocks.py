@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels.calls import num_select_blocks
 from pallas_kernels.triton import launch, tuning
 from pallas_kernels.triton.common import LARGEST_INT, LOG2E, load_tile, padded
 from pallas_kernels.triton.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
@@ -292,12 +293,15 @@ def select_blocks(
       int32 [B, T, K, n]: ascending block indices, then -1 where there is no further candidate.
     """
     q, scale = launch.positive_scale(q, scale)
-    # As many blocks as begin among the tokens that could have made C compressed keys and no more.
-    tokens = k_compressed.shape[1] * compress_stride + compress_block_size - 1
     select = functools.partial(
         _select,
         scale=scale,
-        num_blocks=max(triton.cdiv(tokens, select_block_size), 1),
+        num_blocks=num_select_blocks(
+            k_compressed.shape[1],
+            compress_block_size=compress_block_size,
+            compress_stride=compress_stride,
+            select_block_size=select_block_size,
+        ),
         COMPRESS=compress_block_size,
         STRIDE=compress_stride,
         SELECT=select_block_size,

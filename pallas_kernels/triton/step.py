@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels.calls import num_select_blocks
 from pallas_kernels.triton import launch, tuning
 from pallas_kernels.triton.choice import choose, overlaps, store_block_sums
 from pallas_kernels.triton.common import LOG2E, padded, start_softmax
@@ -401,8 +402,12 @@ def sparse_step(
       The outputs [B, N, V] in q's dtype, and int32 [B, K, n]: the selected blocks in ascending
       order, then -1 where there is no further block.
     """
-    # As many blocks as begin among the tokens that could have made C compressed keys and no more.
-    tokens = compressed[0].shape[1] * compress_stride + compress_block_size - 1
+    num_blocks = num_select_blocks(
+        compressed[0].shape[1],
+        compress_block_size=compress_block_size,
+        compress_stride=compress_stride,
+        select_block_size=select_block_size,
+    )
     if compressed[0].shape[1] == 0:  # an entry that no position sees, for there to be memory
         compressed = tuple(jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in compressed)
     q_compressed, _ = launch.positive_scale(q_compressed, scale)
@@ -419,7 +424,7 @@ def sparse_step(
             "NUM": num_selected_blocks,
             "INITIAL": num_initial_blocks,
             "LOCAL": num_local_blocks,
-            "NUM_BLOCKS": max(triton.cdiv(tokens, select_block_size), 1),
+            "NUM_BLOCKS": num_blocks,
         },
     )
     return launch.batched(run)(q, q_compressed, *compressed, *selected, *window, gates, positions)

@@ -165,6 +165,9 @@ def test_a_sweep_wants_keys_that_launch_the_kernel():
     for kernel, keys in [("interval_dq_short", "dense"), ("interval_forward", "window")]:
         with pytest.raises(app.UsageError, match="windows, and nothing else"):
             kernel_sweep.check(kernel, keys)
+    for kernel in ("step", "step_selected"):
+        with pytest.raises(app.UsageError, match="is launched by a decoding step"):
+            kernel_sweep.check(kernel, "dense")
     with pytest.raises(app.UsageError, match="is none of interval_forward"):
         kernel_sweep.check("attention", "dense")
 

@@ -56,8 +56,8 @@ def sparse_step(
       where there is no further block.
     """
     starts = jnp.zeros_like(positions)
-    _, complete = compression.visible_blocks(
-        positions, starts, block_size=compress_block_size, stride=compress_stride
+    complete = compression.complete_blocks(
+        positions + 1, block_size=compress_block_size, stride=compress_stride
     )
     groups = compressed[0].shape[2]
     q, q_compressed = (x.reshape(x.shape[0], groups, -1, x.shape[2]) for x in (q, q_compressed))
