@@ -19,7 +19,7 @@ from nsa_jax.training import workdir as workdir_lib
 from nsa_jax.training.setup import explain_attention
 from nsa_jax.training.workdir import Workdir
 
-_HARDWARE = {"cpu": "two quiet cores", "gpu": "one H100"}
+_HARDWARE = {"cpu": "two quiet cores and --workers=2", "gpu": "one H100 (an estimate)"}
 
 
 def run_suite(

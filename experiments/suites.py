@@ -1,8 +1,8 @@
 """The suites, by name: what each asks, of which models, and what its hypothesis claims.
 
-The sizes at scale "cpu" are for two cores and at most 20 minutes with three seeds (selection, which
-has the most variants, takes longer), those at "gpu" for one H100 and 10. The minutes are estimates:
-at "cpu" from the time of an update, at "gpu" from the size.
+The sizes at scale "cpu" are for two cores and at most 20 minutes with three seeds, those at "gpu"
+for one H100 and 10. The minutes at "cpu" are from what one core took, those at "gpu" are estimates
+from the size of the models.
 """
 
 from collections.abc import Mapping
@@ -138,7 +138,7 @@ _RECALL = Suite(
         "cpu": Scale(
             _RECALL_CPU | _WIDE | {"steps": 1200},
             _BRANCHES,
-            12,
+            9,
         ),
         "gpu": Scale(
             _RECALL_GPU | _WIDE | {"steps": 1500},
@@ -195,7 +195,7 @@ _SELECTION_RECALL = Suite(
         "cpu": Scale(
             _RECALL_CPU | {"steps": 800},
             _selectors(202, 201),
-            24,
+            20,
         ),
         "gpu": Scale(
             _RECALL_GPU | {"steps": 600},
@@ -212,7 +212,7 @@ _SELECTION_TEXT = Suite(
         "cpu": Scale(
             _TEXT_CPU | {"steps": 150},
             _selectors(274, 273),
-            18,
+            15,
         ),
         "gpu": Scale(
             _TEXT_GPU | {"steps": 200},
@@ -309,7 +309,7 @@ _DESIGN = Suite(
                 "nsa.num_selected_blocks": 8,
             },
             _designs({"blocks_16x8": (16, 8), "blocks_4x32": (4, 32)}),
-            18,
+            12,
         ),
         "gpu": Scale(
             _TEXT_GPU | {"steps": 250},
@@ -339,7 +339,7 @@ _NEEDLE = Suite(
         "cpu": Scale(
             _RECALL_CPU | _NEEDLE_DATA | {"steps": 2000},
             _NEEDLE_VARIANTS | {"full": _dense(202)},
-            9,
+            11,
         ),
         "gpu": Scale(
             _RECALL_GPU
@@ -382,7 +382,7 @@ _POSTHOC = Suite(
         "cpu": Scale(
             _TEXT_CPU | {"steps": 800},
             {"nsa": _NSA, "full": _dense(274)},
-            10,
+            6,
         ),
         "gpu": Scale(
             _TEXT_GPU | {"steps": 1500},
@@ -410,7 +410,7 @@ _POSTHOC_RECALL = Suite(
         "cpu": Scale(
             _RECALL_CPU | {"steps": 1200},
             {"nsa": _NSA, "full": _dense(202)},
-            5,
+            3,
         ),
         "gpu": Scale(
             _RECALL_GPU | {"steps": 1500},
@@ -438,7 +438,7 @@ _MAPS = Suite(
         "cpu": Scale(
             _TEXT_CPU | {"steps": 800},
             {"full": _dense(274), "nsa": _NSA},
-            8,
+            5,
         ),
         "gpu": Scale(
             _TEXT_GPU | {"steps": 1500},
