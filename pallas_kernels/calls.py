@@ -26,6 +26,32 @@ def batched(function):
     return function
 
 
+def differentiable(forward, backward):
+    """Joins the two passes of an attention to one function that vmaps and differentiates.
+
+    Args:
+      forward: from q, k, v and two integer arrays, which say what is attended, to (out, lse).
+      backward: from all of these and the gradients of out and lse to those of q, k and v.
+
+    Returns:
+      A function as `forward`.
+    """
+
+    @jax.custom_vjp
+    def attention(*arrays):
+        return batched(forward)(*arrays)
+
+    def forward_rule(*arrays):
+        results = attention(*arrays)
+        return results, (*arrays, *results)
+
+    def backward_rule(residuals, gradients):
+        return *batched(backward)(*residuals, *gradients), None, None
+
+    attention.defvjp(forward_rule, backward_rule)
+    return attention
+
+
 def positive_scale(q, scale):
     """Moves the sign of the scale, or its being 0, into q: the kernels want a scale above 0."""
     if scale > 0:

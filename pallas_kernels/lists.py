@@ -1,14 +1,30 @@
-"""The inverted index: lists of queries for blocks.
+"""The lists that kernels of selected blocks walk: of blocks for queries, of queries for blocks.
 
-For dk and dv, each block meets the queries that selected it, in ascending order; a list that is
-long, as block 0's is when everybody selects it, is cut into items of equal size, so that no program
-has more to do than another.
+Forward and for dq, a tile of queries walks the union of its blocks, which each kind of kernel makes
+in its own way. For dk and dv, each block meets the queries that selected it, in ascending order, by
+the inverted index; a list that is long, as block 0's is when everybody selects it, is cut into
+items of equal size, so that no program has more to do than another.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Unions(NamedTuple):
+    """The blocks of each tile of queries.
+
+    Attributes:
+      blocks: int32 [B, K, tiles, U], ascending; beyond the tile's count, anything.
+      masks: int32 [B, K, tiles, U], bit i set if query i of the tile selected the block.
+      counts: int32 [B, K, tiles, 2]: how many blocks, and how many of them, at the beginning, lie
+        wholly at or before every query of the tile.
+    """
+
+    blocks: jax.Array
+    masks: jax.Array
+    counts: jax.Array
 
 
 class InvertedIndex(NamedTuple):

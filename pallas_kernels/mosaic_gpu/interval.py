@@ -217,25 +217,6 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
     return out, rows.to_heads(lse, num_queries, group)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, lo, hi, scale, longest):
-    forward = functools.partial(_forward, scale=scale, longest=longest)
-    return launch.batched(forward)(q, k, v, lo, hi)
-
-
-def _attention_forward(q, k, v, lo, hi, scale, longest):
-    out, lse = _attention(q, k, v, lo, hi, scale, longest)
-    return (out, lse), (q, k, v, lo, hi, out, lse)
-
-
-def _attention_backward(scale, longest, residuals, gradients):
-    run = functools.partial(backward, scale=scale, longest=longest)
-    return *launch.batched(run)(*residuals, *gradients), None, None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
 def interval_attention(q, k, v, lo, hi, scale, longest=None):
     """Attention of query t over the keys j with lo[b, t] <= j < hi[b, t].
 
@@ -260,4 +241,5 @@ def interval_attention(q, k, v, lo, hi, scale, longest=None):
         out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
         return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     q, scale = launch.positive_scale(q, scale)
-    return _attention(q, k, v, lo, hi, scale, longest)
+    passes = (functools.partial(run, scale=scale, longest=longest) for run in (_forward, backward))
+    return launch.differentiable(*passes)(q, k, v, lo, hi)

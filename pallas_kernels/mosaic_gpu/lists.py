@@ -4,28 +4,13 @@ Forward and for dq, the queries of a tile walk the union of the blocks that they
 ascending order, each block with a bit mask of the queries that want it.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.lists import Unions
+
 #: Stands for no block, after every block.
 _NONE = jnp.iinfo(jnp.int32).max
-
-
-class Unions(NamedTuple):
-    """The blocks of each tile of queries.
-
-    Attributes:
-      blocks: int32 [B, K, tiles, U], ascending; beyond the tile's count, anything.
-      masks: int32 [B, K, tiles, U], bit i set if query i of the tile selected the block.
-      counts: int32 [B, K, tiles, 2]: how many blocks, and how many of them, at the beginning, lie
-        wholly at or before every query of the tile.
-    """
-
-    blocks: jax.Array
-    masks: jax.Array
-    counts: jax.Array
 
 
 def split_tiles(x, queries, fill):

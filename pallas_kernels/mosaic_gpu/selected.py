@@ -110,25 +110,6 @@ def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, bl
     return _join_heads(dq, q.shape[2] // num_kv_heads), dk, dv
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, block_indices, q_positions, block_size, scale):
-    run = functools.partial(_forward, block_size=block_size, scale=scale)
-    return launch.batched(run)(q, k, v, block_indices, q_positions)
-
-
-def _attention_forward(q, k, v, block_indices, q_positions, block_size, scale):
-    out, lse = _attention(q, k, v, block_indices, q_positions, block_size, scale)
-    return (out, lse), (q, k, v, block_indices, q_positions, out, lse)
-
-
-def _attention_backward(block_size, scale, residuals, gradients):
-    run = functools.partial(_backward, block_size=block_size, scale=scale)
-    return *launch.batched(run)(*residuals, *gradients), None, None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
 def selected_attention(q, k, v, block_indices, q_positions, block_size, scale):
     """Attention of each query over the tokens of its blocks up to its own position (equation 12).
 
@@ -153,4 +134,7 @@ def selected_attention(q, k, v, block_indices, q_positions, block_size, scale):
     q, scale = launch.positive_scale(q, scale)
     # A query beyond the keys sees all of its blocks.
     q_positions = jnp.minimum(q_positions, k.shape[1] - 1)
-    return _attention(q, k, v, block_indices, q_positions, block_size, scale)
+    passes = (
+        functools.partial(run, block_size=block_size, scale=scale) for run in (_forward, _backward)
+    )
+    return launch.differentiable(*passes)(q, k, v, block_indices, q_positions)

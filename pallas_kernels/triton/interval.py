@@ -340,25 +340,6 @@ def _backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
     return dq, *_key_gradients(q, k, v, lo, hi, lse, d_out, delta, cut, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, lo, hi, scale, longest):
-    forward = functools.partial(_forward, scale=scale, longest=longest)
-    return launch.batched(forward)(q, k, v, lo, hi)
-
-
-def _attention_forward(q, k, v, lo, hi, scale, longest):
-    out, lse = _attention(q, k, v, lo, hi, scale, longest)
-    return (out, lse), (q, k, v, lo, hi, out, lse)
-
-
-def _attention_backward(scale, longest, residuals, gradients):
-    backward = functools.partial(_backward, scale=scale, longest=longest)
-    return *launch.batched(backward)(*residuals, *gradients), None, None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
 def interval_attention(q, k, v, lo, hi, scale, longest=None):
     """Attention of query t over the keys j with lo[b, t] <= j < hi[b, t].
 
@@ -380,4 +361,5 @@ def interval_attention(q, k, v, lo, hi, scale, longest=None):
       natural logarithm of the softmax's denominator, -inf on an empty row.
     """
     q, scale = launch.positive_scale(q, scale)
-    return _attention(q, k, v, lo, hi, scale, longest)
+    passes = (functools.partial(run, scale=scale, longest=longest) for run in (_forward, _backward))
+    return launch.differentiable(*passes)(q, k, v, lo, hi)

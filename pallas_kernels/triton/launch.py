@@ -5,7 +5,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.calls import batched, device, positive_scale  # noqa: F401
+from pallas_kernels.calls import batched, device, differentiable, positive_scale  # noqa: F401
 
 DTYPES = ("bfloat16", "float16", "float32")
 OLDEST_CAPABILITY = 8.0  # Ampere

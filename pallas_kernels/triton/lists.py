@@ -4,13 +4,12 @@ Forward and for dq, the queries of a tile walk the union of the blocks that they
 ascending order, each block with a bit mask of the queries that want it.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels.lists import Unions
 from pallas_kernels.triton import launch
 from pallas_kernels.triton.common import LARGEST_INT
 
@@ -22,21 +21,6 @@ _CHUNK = tl.constexpr(64)
 def largest_tile(num_selected: int) -> int:
     """The most queries that `unions` takes in a tile, if each selects up to `num_selected`."""
     return max(min(_MASK_BITS, _MOST_ENTRIES // num_selected), 1)
-
-
-class Unions(NamedTuple):
-    """The blocks of each tile of queries.
-
-    Attributes:
-      blocks: int32 [B, K, tiles, U], ascending; beyond the tile's count, anything.
-      masks: int32 [B, K, tiles, U], bit i set if query i of the tile selected the block.
-      counts: int32 [B, K, tiles, 2]: how many blocks, and how many of them, at the beginning, lie
-        wholly at or before every query of the tile.
-    """
-
-    blocks: jax.Array
-    masks: jax.Array
-    counts: jax.Array
 
 
 @triton.jit
