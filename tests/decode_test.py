@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from nsa_jax import DenseAttention, NativeSparseAttention, NSAConfig
-from nsa_jax.model import Transformer, TransformerConfig
+from nsa_jax.model import Transformer
 from nsa_jax.ops import dispatch, xla
+from tests.tiny_model import CONFIG
 
 NSA = NSAConfig(8, 4, 16, 4, window_size=24)
 SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "v_head_dim": 12}
@@ -114,23 +115,10 @@ def test_every_position_is_that_of_training(name):
                 np.testing.assert_array_equal(blocks[row, :length], chosen[row, :length])
 
 
-MODEL = TransformerConfig(
-    vocab_size=50,
-    num_layers=2,
-    model_dim=24,
-    mlp_dim=40,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    nsa=NSAConfig(4, 2, 8, 4, window_size=8, compression_width=16),
-    implementation="xla",
-)
-
-
 @pytest.mark.parametrize("attention", ["nsa", "dense"])
 def test_a_model_scans_over_steps(attention):
     """A chunk, then lax.scan over single tokens with the cache as its carry."""
-    model = Transformer(dataclasses.replace(MODEL, attention=attention))
+    model = Transformer(dataclasses.replace(CONFIG, attention=attention))
     tokens = jax.random.randint(jax.random.key(0), (2, 30), 0, 50)
     params = {"params": parameters(model, tokens)}
 
@@ -150,7 +138,7 @@ def test_a_model_scans_over_steps(attention):
 
 
 def test_a_cache_of_the_computations_dtype():
-    model = Transformer(dataclasses.replace(MODEL, dtype="bfloat16"))
+    model = Transformer(dataclasses.replace(CONFIG, dtype="bfloat16"))
     cache = jax.eval_shape(lambda: model.init_cache(3, 20))
     assert len(cache) == 2
     assert {x.dtype.name for x in jax.tree.leaves(cache)} == {"bfloat16", "int32"}
@@ -159,7 +147,7 @@ def test_a_cache_of_the_computations_dtype():
 
 @pytest.mark.parametrize("attention", ["nsa", "dense"])
 def test_tokens_that_find_no_place_are_nan_and_harm_no_other(attention):
-    model = Transformer(dataclasses.replace(MODEL, attention=attention))
+    model = Transformer(dataclasses.replace(CONFIG, attention=attention))
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 50)
     params = {"params": parameters(model, tokens)}
     apply = jax.jit(model.apply)
@@ -222,7 +210,7 @@ def test_what_does_not_fit_is_refused(name):
 
 
 def test_a_scanned_model_names_what_decodes_it():
-    model = Transformer(dataclasses.replace(MODEL, scan_layers=True))
+    model = Transformer(dataclasses.replace(CONFIG, scan_layers=True))
     tokens = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match=r"scan_layers=True: .* nsa_jax\.decoding\.unrolled"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, cache=model.init_cache(1, 8)))

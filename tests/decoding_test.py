@@ -7,22 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import NSAConfig, decoding
+from nsa_jax import decoding
 from nsa_jax.decoding import Sampling
-from nsa_jax.model import Transformer, TransformerConfig
+from nsa_jax.model import Transformer
+from tests import tiny_model
 
-CONFIG = TransformerConfig(
-    vocab_size=257,
-    num_layers=2,
-    model_dim=24,
-    mlp_dim=40,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    nsa=NSAConfig(4, 2, 8, 4, window_size=8, compression_width=16),
-    scan_layers=True,
-    implementation="xla",
-)
+CONFIG = dataclasses.replace(tiny_model.CONFIG, vocab_size=257, scan_layers=True)
 MODEL = Transformer(CONFIG)
 apply = jax.jit(MODEL.apply)
 PROMPTS = [b"the quick brown fox jumps over the lazy dog", b"a", b"to be, or not to be"]

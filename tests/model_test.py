@@ -9,20 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import NSAConfig
-from nsa_jax.model import Transformer, TransformerConfig, _look_up, layer_intermediates
+from nsa_jax.model import Transformer, _look_up, layer_intermediates
+from tests.tiny_model import CONFIG
 
-CONFIG = TransformerConfig(
-    vocab_size=50,
-    num_layers=2,
-    model_dim=24,
-    mlp_dim=40,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    nsa=NSAConfig(4, 2, 8, 4, window_size=8, compression_width=16),
-    implementation="xla",
-)
 TOKENS = jax.random.randint(jax.random.key(0), (2, 40), 0, 50)
 
 
