@@ -31,7 +31,8 @@ def in_a_row(step: Callable) -> Callable:
     """`RUNS` steps as one program, so that no step waits for Python; returns what the last did.
 
     The first argument is the query, and each step's depends on the output of the one before, so
-    that no two of them can be made one or run side by side.
+    that no two of them can be made one or run side by side. What does not depend on the query, such
+    as another layout of a cache for a product of XLA's, may be made once before the first.
     """
 
     def run(q, *rest):

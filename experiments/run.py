@@ -64,7 +64,7 @@ def main(argv):
         )
     except ValueError as error:  # ConfigError is one
         raise app.UsageError(str(error)) from error
-    except (RunError, dispatch.UnsupportedError) as error:
+    except (RunError, dispatch.UnsupportedError, OSError) as error:
         sys.exit(f"experiments.run: {error}")
 
 

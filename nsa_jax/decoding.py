@@ -76,6 +76,8 @@ def prefill(
 ) -> tuple[Float[Array, "B vocab"], tuple[LayerCache, ...]]:
     """Puts a prompt a row into the cache, in chunks of one static shape.
 
+    Not to be called while another function is traced: see `nsa_jax.determinism`.
+
     Args:
       model: without scan_layers; see `unrolled`.
       params: its parameters.

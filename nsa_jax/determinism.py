@@ -8,6 +8,6 @@ import jax
 #: fastest just then, and with it an order of summation; and it may add with atomics.
 COMPILER_OPTIONS = {"xla_gpu_deterministic_ops": True}
 
-#: jax.jit with those options. As with them in general, not to be called while another function is
-#: traced.
+#: jax.jit with those options. JAX takes options of the outermost program alone: what it returns is
+#: not to be called under another jit, grad or scan.
 jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)

@@ -41,6 +41,9 @@ class ConfigError(ValueError):
         listed = "".join(f"\n  {problem}" for problem in self.problems)
         super().__init__(f"the configuration has {count}:{listed}")
 
+    def __reduce__(self):
+        return type(self), (self.problems,)  # by default the text would be taken for the problems
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:

@@ -3,9 +3,13 @@
 import csv
 import dataclasses
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -19,7 +23,7 @@ from experiments.suite import SCALES, Claim, Scale, Suite, Variant
 from experiments.suites import SUITES
 from nsa_jax.training import config as config_lib
 from nsa_jax.training.config import ConfigError
-from nsa_jax.training.errors import WorkdirError
+from nsa_jax.training.errors import RunError, WorkdirError
 from nsa_jax.training.schema import flatten
 from tests.training import tiny_run
 
@@ -171,6 +175,21 @@ def test_what_was_killed_goes_on_to_the_same_numbers(finished, tmp_path, monkeyp
 def test_workers_change_no_number(finished, tmp_path):
     run_smallest(tmp_path, workers=2)
     assert files(tmp_path) == files(finished[0])
+
+
+def dies(trained):
+    """A measure that one variant does not live to see the end of, and the other waits in."""
+    if trained.run.model.output_gate:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+    return {}
+
+
+def test_a_worker_that_was_killed_ends_the_others_with_a_sentence(tmp_path):
+    suite = dataclasses.replace(SUITE, measures=(dies,))
+    with pytest.raises(RunError, match="a worker was killed"):
+        runner.run_suite(suite, "cpu", [0], tmp_path, workers=2)
+    assert not multiprocessing.active_children()
 
 
 def test_another_run_in_the_same_folder_is_refused(finished):

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 
 from nsa_jax.training import config as config_lib
@@ -42,6 +44,12 @@ def test_the_message_lists_the_problems():
     settings = tiny_run.settings(steps=0)
     with pytest.raises(ConfigError, match=r"has 2 problems:\n  steps=0: must be at least 1\n  opt"):
         run_config(settings)
+
+
+def test_the_message_comes_whole_from_another_process():
+    error = ConfigError(["one", "two"])
+    sent = pickle.loads(pickle.dumps(error))
+    assert (str(sent), sent.problems) == (str(error), ("one", "two"))
 
 
 @pytest.mark.parametrize(
