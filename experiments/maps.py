@@ -9,7 +9,7 @@ import numpy as np
 from experiments import measures
 from experiments.selectors.base import attention_probabilities
 from experiments.training import Trained
-from nsa_jax import NSAConfig
+from nsa_jax import NSAConfig, determinism
 from nsa_jax.model import layer_intermediates
 from nsa_jax.training import figures
 from nsa_jax.training.data import Pipeline
@@ -66,11 +66,14 @@ def _reduced(attention: np.ndarray) -> np.ndarray:
     return np.add.reduceat(keys.sum(axis=-1), rows) / np.diff([*rows, len(attention)])[:, None]
 
 
+_attention = determinism.jit(jax.vmap(attention_probabilities))
+
+
 def _probabilities(trained: Trained, params: Any, batch: dict) -> np.ndarray:
     """Attention maps [layers * rows * heads, T, T]."""
     sown = measures.intermediates(trained.model, params, batch)
     q, k = (layer_intermediates(sown, name) for name in ("queries", "keys"))
-    p = np.asarray(jax.vmap(attention_probabilities)(q, k))
+    p = np.asarray(_attention(q, k))
     p = np.moveaxis(p, 2, -2)  # [layers, B, K, G, T, S]
     return p.reshape(-1, *p.shape[-2:])
 

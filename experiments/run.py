@@ -20,13 +20,17 @@ import shlex
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from experiments.runner import listing, parse_overrides, run_suite
 from experiments.suite import SCALES
 from experiments.suites import SUITES
+from nsa_jax import command_line
+from nsa_jax.command_line import UsageError
 from nsa_jax.ops import dispatch
 from nsa_jax.training.errors import RunError
+
+_NAME = "experiments.run"
 
 _SUITE = flags.DEFINE_enum("suite", None, list(SUITES), "which suite to run")
 _SCALE = flags.DEFINE_enum("scale", "cpu", SCALES, "how large")
@@ -40,15 +44,35 @@ _WORKERS = flags.DEFINE_integer(
 _LIST = flags.DEFINE_bool("list", False, "show the suites with what they ask and cost, and leave")
 
 
-def main(argv):
-    """Runs the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Flags are written --name=value.")
+_FLAGS = (_SUITE, _SCALE, _SEEDS, _WORKDIR, _ONLY, _OVERRIDES, _WORKERS, _LIST)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags.
+
+    Raises:
+      UsageError: on a mistake.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UsageError(str(error)) from error
+    command_line.check_no_words(rest)
+    if not _LIST.value and (_SUITE.value is None or _WORKDIR.value is None):
+        raise UsageError("--suite and --workdir are needed; --list shows the suites")
+    for seed in _SEEDS.value:
+        if not seed.isdigit():
+            raise UsageError(f"--seeds: {seed!r} must be an integer, at least 0")
+    for flag in (_SEEDS, _ONLY):
+        if flag.value == []:
+            raise UsageError(f"--{flag.name} is empty")
+    return rest
+
+
+def _main(_: list[str]) -> None:
     if _LIST.value:
         print(listing())
         return
-    if _SUITE.value is None or _WORKDIR.value is None:
-        raise app.UsageError("--suite and --workdir are needed; --list shows the suites")
     if _WORKERS.value > 1:  # read when a GPU is first used; the first to come would take it all
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
@@ -59,14 +83,14 @@ def main(argv):
             Path(_WORKDIR.value),
             only=_ONLY.value,
             overrides=parse_overrides(_OVERRIDES.value),
-            command=shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
+            command=shlex.join(["python", "-m", _NAME, *sys.argv[1:]]),
             workers=_WORKERS.value,
         )
     except ValueError as error:  # ConfigError is one
-        raise app.UsageError(str(error)) from error
+        raise UsageError(str(error)) from error
     except (RunError, dispatch.UnsupportedError, OSError) as error:
-        sys.exit(f"experiments.run: {error}")
+        command_line.leave(_NAME, str(error), 1)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(_NAME, __doc__, _FLAGS, _parse, _main)

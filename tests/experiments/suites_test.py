@@ -222,8 +222,10 @@ def test_a_command_without_a_suite_says_what_it_needs():
     # Apart from this process, whose flags other commands define as well.
     command = [sys.executable, "-m", "experiments.run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "--suite and --workdir are needed" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr == (
+        "experiments.run: --suite and --workdir are needed; --list shows the suites\n"
+    )
 
 
 def test_mistakes_are_sentences(tmp_path):
