@@ -2,25 +2,18 @@
 
 import json
 import math
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import draw, report, training
+from experiments import draw, processes, report, training
 from experiments.suite import Scale, Suite, Variant
 from experiments.suites import SUITES
 from nsa_jax.training import environment, seeds
 from nsa_jax.training import workdir as workdir_lib
-from nsa_jax.training.errors import RunError
 from nsa_jax.training.setup import explain_attention
 from nsa_jax.training.workdir import Workdir
 
@@ -80,7 +73,7 @@ def run_suite(
         for job, plan in zip(jobs, plans, strict=True):
             _do(job, plan)
     else:
-        _share(jobs, workers)
+        processes.share(_do, jobs, workers)
     asked = {
         "name": suite.name,
         "scale": scale,
@@ -112,43 +105,6 @@ class _Job(NamedTuple):
 
     def plan(self) -> training.Plan:
         return training.Plan(self.config, self.variant, self.alignment)
-
-
-def _share(jobs: list[_Job], workers: int) -> None:
-    """Does the jobs in other processes, so many at a time; the first that fails ends them all."""
-    others = multiprocessing.active_children()
-    spawn = multiprocessing.get_context("spawn")  # this process may hold a device already
-    workers = min(workers, len(jobs))
-    with ProcessPoolExecutor(workers, spawn, initializer=_follow_parent) as pool:
-        futures = [pool.submit(_do, job) for job in jobs]
-        # The pool looks which processes there are before it begins one: without a further call it
-        # would not see the last one die.
-        pool.submit(int)
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                if process not in others:  # a pool lets what it has begun go on to its end
-                    process.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise RunError(
-                    "a worker was killed, perhaps for want of memory; the same command, with fewer "
-                    "--workers if need be, does what is not finished"
-                ) from error
-            raise
-
-
-def _follow_parent() -> None:
-    """Leaves Ctrl-C to the process that started this one, and lets this one end when that does."""
-
-    def end():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end, daemon=True).start()
 
 
 def _do(job: _Job, plan: training.Plan | None = None) -> None:
