@@ -8,9 +8,8 @@ attention of one step in bfloat16, over full caches of random data at every leng
 by jax.nn.dot_product_attention, and "dense_own", the dense step of NSA's own implementation.
 Projections and writes to the cache are no part of it. A time is that of one of 16 steps that run in
 a row in one program, the median over samples of many such programs, after a warm-up; what XLA does
-to the caches alone it may do once for all 16. Last, for
-`--model_batches`, a step of a whole model of two wide layers, "model_nsa" and "model_dense": what
-the rest of a model leaves of the gain.
+to the caches alone it may do once for all 16. Last, for `--model_batches`, a step of a whole model
+of two wide layers, "model_nsa" and "model_dense": what the rest of a model leaves of the gain.
 
 Beside each time stands the speed at which the bytes that the step must read were read, and that
 speed over the bandwidth of a large copy, measured in the same run. Caches smaller than the GPU's L2

@@ -206,14 +206,14 @@ def measure(
             yield {"operation": name, "reason": result}
             continue
         taken, out = result
-        taken = {name: getattr(taken, name) / RUNS for name in ("median", "least", "most")}
+        median, least, most = (x / RUNS for x in (taken.median, taken.least, taken.most))
         tokens = spec.length if name.startswith("dense") else loaded(spec, out[1])
-        speed = least_bytes(spec, tokens, shapes["q"].dtype.itemsize) / taken["median"] / 1e6
+        speed = least_bytes(spec, tokens, shapes["q"].dtype.itemsize) / median / 1e6
         yield {
             "operation": name,
-            "ms": taken["median"],
-            "least_ms": taken["least"],
-            "most_ms": taken["most"],
+            "ms": median,
+            "least_ms": least,
+            "most_ms": most,
             "tokens": tokens,
             "gb_s": speed,
             "of_copy": speed / copy_gb_s,

@@ -42,8 +42,6 @@ _WORKERS = flags.DEFINE_integer(
     "workers", 1, "processes among which the variants are shared", lower_bound=1
 )
 _LIST = flags.DEFINE_bool("list", False, "show the suites with what they ask and cost, and leave")
-
-
 _FLAGS = (_SUITE, _SCALE, _SEEDS, _WORKDIR, _ONLY, _OVERRIDES, _WORKERS, _LIST)
 
 
@@ -53,11 +51,7 @@ def _parse(argv: list[str]) -> list[str]:
     Raises:
       UsageError: on a mistake.
     """
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UsageError(str(error)) from error
-    command_line.check_no_words(rest)
+    rest = command_line.parse_flags(argv)
     if not _LIST.value and (_SUITE.value is None or _WORKDIR.value is None):
         raise UsageError("--suite and --workdir are needed; --list shows the suites")
     for seed in _SEEDS.value:

@@ -16,7 +16,7 @@ def run(
     description: str,
     own_flags: Sequence[flags.FlagHolder],
     parse: Callable[[list[str]], list[str]],
-    main: Callable[[list[str]], None],
+    main: Callable[[list[str]], int | None],
 ) -> None:
     """Runs a command and exits.
 
@@ -25,7 +25,7 @@ def run(
       description: the text of --help.
       own_flags: what --help lists.
       parse: parses the command line; raises UsageError on a mistake.
-      main: does the work; gets what `parse` returns.
+      main: does the work; gets what `parse` returns, and returns the exit status, None for 0.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed by the shell
@@ -35,7 +35,7 @@ def run(
     for flag in own_flags:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
 
-    def begin(arguments: list[str]) -> None:
+    def begin(arguments: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # of what libraries tell, JAX and Orbax most
         return main(arguments)
@@ -46,6 +46,20 @@ def run(
         leave(name, str(error), 2)
     except KeyboardInterrupt:
         leave(name, "interrupted", 130)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses a command line of flags alone, and returns the program's name.
+
+    Raises:
+      UsageError: if a flag is wrong, or there is anything else.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UsageError(str(error)) from error
+    check_no_words(rest)
+    return rest
 
 
 def check_no_words(arguments: list[str]) -> None:

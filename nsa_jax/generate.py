@@ -55,11 +55,7 @@ def _parse(argv: list[str]) -> list[str]:
     Raises:
       UsageError: on a mistake.
     """
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UsageError(str(error)) from error
-    command_line.check_no_words(rest)
+    rest = command_line.parse_flags(argv)
     if not _WORKDIR.value:
         raise UsageError("--workdir is missing: name the folder of a run, for instance runs/tiny")
     if (_PROMPT.value is None) == (_PROMPT_FILE.value is None):

@@ -21,7 +21,6 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.calls import num_select_blocks
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.common import (
     LOG2E,
@@ -396,7 +395,7 @@ def select_blocks(
 
 
 def _blocks(num_compressed, compress, stride, select):
-    number = num_select_blocks(
+    number = launch.num_select_blocks(
         num_compressed,
         compress_block_size=compress,
         compress_stride=stride,

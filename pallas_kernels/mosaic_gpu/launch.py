@@ -6,7 +6,13 @@ import functools
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_kernels.calls import batched, device, differentiable, positive_scale  # noqa: F401
+from pallas_kernels.calls import (  # noqa: F401 - kernels find here whatever a call needs
+    batched,
+    device,
+    differentiable,
+    num_select_blocks,
+    positive_scale,
+)
 
 CAPABILITY = 9.0  # Hopper: later devices have no wgmma
 DTYPES = ("bfloat16", "float16")

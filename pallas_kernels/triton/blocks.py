@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.calls import num_select_blocks
 from pallas_kernels.triton import launch, tuning
 from pallas_kernels.triton.common import LARGEST_INT, LOG2E, load_tile, padded
 from pallas_kernels.triton.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
@@ -296,7 +295,7 @@ def select_blocks(
     select = functools.partial(
         _select,
         scale=scale,
-        num_blocks=num_select_blocks(
+        num_blocks=launch.num_select_blocks(
             k_compressed.shape[1],
             compress_block_size=compress_block_size,
             compress_stride=compress_stride,

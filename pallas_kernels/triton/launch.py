@@ -5,7 +5,13 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.calls import batched, device, differentiable, positive_scale  # noqa: F401
+from pallas_kernels.calls import (  # noqa: F401 - kernels find here whatever a call needs
+    batched,
+    device,
+    differentiable,
+    num_select_blocks,
+    positive_scale,
+)
 
 DTYPES = ("bfloat16", "float16", "float32")
 OLDEST_CAPABILITY = 8.0  # Ampere

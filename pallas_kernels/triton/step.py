@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.calls import num_select_blocks
 from pallas_kernels.triton import launch, tuning
 from pallas_kernels.triton.choice import choose, overlaps, store_block_sums
 from pallas_kernels.triton.common import LOG2E, padded, start_softmax
@@ -402,7 +401,7 @@ def sparse_step(
       The outputs [B, N, V] in q's dtype, and int32 [B, K, n]: the selected blocks in ascending
       order, then -1 where there is no further block.
     """
-    num_blocks = num_select_blocks(
+    num_blocks = launch.num_select_blocks(
         compressed[0].shape[1],
         compress_block_size=compress_block_size,
         compress_stride=compress_stride,
