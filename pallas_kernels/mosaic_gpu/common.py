@@ -94,16 +94,30 @@ def product(a, b, meanwhile=lambda: None):
     Returns:
       [M, N] float32 in registers.
     """
-    parts = tuple(zip(a, b, strict=True)) if isinstance(a, tuple) else ((a, b),)
 
     def run(acc):
-        for left, right in parts:
-            plgpu.wgmma(acc, left, right)
+        _begin(acc, a, b)
         meanwhile()
         return acc[...]
 
-    left, right = parts[0]
-    return pl.run_scoped(run, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+    return pl.run_scoped(run, _accumulator(a, b))
+
+
+def _parts(a, b):
+    """Pairs of matrices whose products add up to that of a and b."""
+    return tuple(zip(a, b, strict=True)) if isinstance(a, tuple) else ((a, b),)
+
+
+def _begin(acc, a, b):
+    """Begins to add a @ b."""
+    for left, right in _parts(a, b):
+        plgpu.wgmma(acc, left, right)
+
+
+def _accumulator(a, b):
+    """One that a product fits."""
+    left, right = _parts(a, b)[0]
+    return plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32)
 
 
 def products(a, b, c, d, between):
@@ -119,12 +133,11 @@ def products(a, b, c, d, between):
     """
 
     def run(first, second):
-        plgpu.wgmma(first, a, b)
-        plgpu.wgmma(second, c, d)
+        _begin(first, a, b)
+        _begin(second, c, d)
         return between(plgpu.wgmma_accumulator_load(first, wait_n=1)), second[...]
 
-    shapes = ((x.shape[0], y.shape[1]) for x, y in ((a, b), (c, d)))
-    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    return pl.run_scoped(run, _accumulator(a, b), _accumulator(c, d))
 
 
 def accumulate(acc, p, v, meanwhile=lambda: None):
@@ -157,3 +170,33 @@ def accumulate(acc, p, v, meanwhile=lambda: None):
     total = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
     plgpu.commit_smem()  # what was read like this may be overwritten by a copy
     return total
+
+
+def products_and_sum(operands, acc, p, v, between, meanwhile=lambda: None):
+    """Products and, right behind them, acc + p @ v, with work on the first while the rest goes on.
+
+    Args:
+      operands: pairs of matrices, each as `product` takes them.
+      acc, p, v: as `accumulate` takes them.
+      between: a function of the first product.
+      meanwhile: called once everything has begun.
+
+    Returns:
+      What `between` returns, the other products, and the sum.
+    """
+    if launch.is_interpreted():
+        first, *others = (product(a, b) for a, b in operands)
+        meanwhile()
+        return between(first), *others, accumulate(acc, p, v)
+
+    def run(first, *others):
+        others[-1][...] = acc
+        for ref, (a, b) in zip((first, *others[:-1]), operands, strict=True):
+            _begin(ref, a, b)
+        plgpu.wgmma(others[-1], p, v)
+        meanwhile()
+        result = between(plgpu.wgmma_accumulator_load(first, wait_n=len(others)))
+        return result, *(ref[...] for ref in others)
+
+    accs = *(_accumulator(a, b) for a, b in operands), plgpu.ACC(acc.shape, jnp.float32)
+    return pl.run_scoped(run, *accs)

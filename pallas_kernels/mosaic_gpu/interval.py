@@ -25,27 +25,27 @@ from pallas_kernels.mosaic_gpu.common import (
     full,
     padded_keys,
     product,
+    products_and_sum,
     share_work,
     smem,
 )
 from pallas_kernels.mosaic_gpu.interval_backward import backward
 from pallas_kernels.mosaic_gpu.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
-from pallas_kernels.mosaic_gpu.walks import COMPUTE, Walk
+from pallas_kernels.mosaic_gpu.walks import COMPUTE
 
 
-def _update(state, scores, c, masked):
-    """The running softmax after a step of scores, all but the product with the values.
+def _softmax(scores, maximum, total, c, masked):
+    """The running softmax after a step of scores.
 
     Returns:
-      The state, whose output has decayed, and the probabilities.
+      The probabilities, the factor by which what came before decays, the new maximum and total.
     """
-    acc, maximum, total = state
     highest = jnp.maximum(maximum, scores.max(axis=1) * c)
     # Of a row that has seen nothing yet; -inf - -inf would be NaN.
     offset = jnp.where(highest == -jnp.inf, 0.0, highest) if masked else highest
     decay = jnp.exp2(maximum - offset)
     p = jnp.exp2(scores * c - by_row(offset, scores.shape))
-    return (acc * by_row(decay, acc.shape), highest, total * decay + p.sum(axis=1)), p
+    return p, decay, highest, total * decay + p.sum(axis=1)
 
 
 def _columns(parts):
@@ -56,37 +56,37 @@ def _columns(parts):
     )
 
 
-def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, c):
+def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, c):
     """Two tiles of rows at a time, whose warpgroups take turns on the tensor cores.
 
-    While one makes a softmax, the other one issues the product with its values and, right behind
-    it, the next product of queries and keys. Each program has several pairs of tiles, so that the
+    In its turn, a warpgroup issues the product of queries and keys of a step and, right behind it,
+    the product with the values of the step before. Then it gives the turn away, and makes the
+    softmax of the one while the other goes on. Each program has several pairs of tiles, so that the
     keys and queries of the next one come while the results of this one leave.
 
-    Every walk has a step: the second warpgroup ends its walk with a turn that the first one gives
-    in its next walk, for which it must not need queries in a slot that the second one still has.
+    Both warpgroups have as many turns in a walk as it has steps: the first step takes none, since
+    nothing is behind its product, and the last product with values has one of its own.
     """
     q_smem, k_smem, v_smem, out_smem, *barriers = scratch
     q_there, k_there, v_there, q_free, k_free, v_free, turn = barriers
     columns, v_head_dim = _columns(q_smem), v.shape[3]
     size, stages, q_stages = cut.keys, cut.stages, cut.row_stages
-    warpgroup = jax.lax.axis_index("warpgroup")
-    num_kv_heads, total = k.shape[2], q.shape[0] * k.shape[2] * pairs
-    program, programs = jax.lax.axis_index("program"), jax.lax.axis_size("program")
-
-    def work(r):  # turning round balances a list that begins with the longest walks
-        return r * programs + jnp.where(r % 2 == 0, program, programs - 1 - program)
-
-    last_round = jnp.int32((total - 1) // programs)
-    rounds = last_round + (work(last_round) < total).astype(jnp.int32)
+    warpgroup, work = jax.lax.axis_index("warpgroup"), walks.Work(table, k.shape[2])
 
     def take_turn():
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
+        plgpu.barrier_wait(turn.at[warpgroup])
 
-    def compute(r, before):
-        batch, kv_head, pair = walks.place(work(r), pairs, num_kv_heads)
-        walk = Walk.load(table, batch, pair)
+    def give_turn():
+        plgpu.barrier_arrive(turn.at[1 - warpgroup])
+
+    def release_queries(r):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output leaves through their memory
+        plgpu.barrier_arrive(q_free.at[jax.lax.rem(r, q_stages)])
+
+    def compute(r, state):
+        before, walk = state
+        batch, kv_head, pair = work.place(r)
+        first_key, others = walk.masked_first(size)
         tile, q_slot = pair * COMPUTE + warpgroup, jax.lax.rem(r, q_stages)
         q_rows = tuple(part.at[q_slot, warpgroup] for part in q_smem)
         row_lo, row_hi = (
@@ -94,35 +94,66 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, 
         )
         plgpu.barrier_wait(q_there.at[q_slot])
 
-        def wait_for_keys(n):
-            @pl.when(n < walk.steps)
-            def _():
-                plgpu.barrier_wait(k_there.at[jax.lax.rem(before + n, stages)])
+        def slot(n):
+            return jax.lax.rem(before + n, stages)
 
-        def step(n, state, masked):
-            slot = jax.lax.rem(before + n, stages)
-            keys = tuple(k_smem.at[slot, :, where].transpose((1, 0)) for where in columns)
-            scores = product(q_rows, keys, take_turn)
-            plgpu.barrier_arrive(k_free.at[slot])
-            if masked:
-                scores = walks.keep(scores, walk.at(n, size), row_lo, row_hi)
-            (acc, *state), p = _update(state, scores, c, masked)
-            # In registers before the turn is passed on, or the compiler might delay them.
-            acc, p, *state = jax.lax.optimization_barrier((acc, p.astype(q.dtype), *state))
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(v_there.at[slot])
-            plgpu.barrier_wait(turn)
-            acc = accumulate(acc, p, v_smem.at[slot], lambda: wait_for_keys(n + 1))
-            plgpu.barrier_arrive(v_free.at[slot])
-            return acc, *state
+        def queries_and_keys(n, size=size):
+            plgpu.barrier_wait(k_there.at[slot(n)])
+            mine = pl.ds(0, size)
+            keys = tuple(k_smem.at[slot(n), mine, where].transpose((1, 0)) for where in columns)
+            return q_rows, keys
 
-        wait_for_keys(0)
-        if q_stages == 1:
-            pl.when(warpgroup == 1)(take_turn)
+        def values(n, p):
+            return v_smem.at[slot(n), pl.ds(0, p.shape[1])]
+
+        def probabilities(n, first_key, scores, maximum, total):
+            plgpu.barrier_arrive(k_free.at[slot(n)])
+            if first_key is not None:
+                scores = walks.keep(scores, first_key, row_lo, row_hi)
+            softmax = _softmax(scores, maximum, total, c, first_key is not None)
+            # In registers before the wait, or the compiler might make them after the products.
+            softmax = jax.lax.optimization_barrier(softmax)
+            plgpu.barrier_wait(v_there.at[slot(n)])
+            return softmax
+
+        def step(n, state, first_key, size=size):
+            acc, p, *softmax = state
+            operands = queries_and_keys(n, size)
+            take_turn()
+            (p, decay, *softmax), acc = products_and_sum(
+                *([operands], acc, p, values(n - 1, p)),
+                between=lambda scores: probabilities(n, first_key, scores, *softmax),
+                meanwhile=give_turn,
+            )
+            plgpu.barrier_arrive(v_free.at[slot(n - 1)])
+            # Not sooner may other probabilities be in the registers that the product has read.
+            acc, p = jax.lax.optimization_barrier((acc, p))
+            return acc * by_row(decay, acc.shape), p.astype(q.dtype), *softmax
+
+        def later_step(n, state, masked):
+            return step(n + 1, state, others.at(n, size) if masked else None)
+
+        def release_last_queries():
+            if q_stages > 1:
+                pl.when(r > 0)(lambda: release_queries(r - 1))
+
         none, zero = (full((ROWS,), x, OF_ROWS) for x in (-jnp.inf, 0.0))
-        state = walk.run(step, (full((ROWS, v_head_dim), 0.0), none, zero))
+        scores = product(*queries_and_keys(0), release_last_queries)
+        next_walk = work.walk(jnp.minimum(r + 1, work.rounds - 1))  # early: it takes long to come
+        p, _, *softmax = probabilities(0, first_key, scores, none, zero)
+        state = full((ROWS, v_head_dim), 0.0), p.astype(q.dtype), *softmax
+        acc, p, *softmax = others.run(later_step, state)
+        steps = walk.steps
+        if cut.tail:
+            tail_key = walk.first + steps * size
+            acc, p, *softmax = step(steps, (acc, p, *softmax), tail_key, cut.tail)
+            steps += 1
+        take_turn()
+        acc = accumulate(acc, p, values(steps - 1, p))
+        give_turn()
+        plgpu.barrier_arrive(v_free.at[slot(steps - 1)])
 
-        acc, maximum, denominator = state
+        maximum, denominator = softmax
         some = denominator > 0
         denominator = jnp.where(some, denominator, 1.0)
         buffer = q_rows[0] if out_smem is None else out_smem.at[warpgroup]
@@ -131,14 +162,14 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, 
         row_lse = jnp.where(some, maximum * LN2 + jnp.log(denominator), -jnp.inf)
         lse[batch, kv_head, tile, :] = row_lse
         rows.store(out, buffer, batch, kv_head, tile)
-        plgpu.barrier_arrive(q_free.at[q_slot])
-        if q_stages == 1:
-            pl.when(warpgroup == 0)(take_turn)
-        return before + walk.steps
+        if q_stages == 1:  # the next queries wait for it
+            release_queries(r)
+        return before + steps, next_walk
 
     def copy(r, before):
-        batch, kv_head, pair = walks.place(work(r), pairs, num_kv_heads)
-        walk, q_slot = Walk.load(table, batch, pair), jax.lax.rem(r, q_stages)
+        (batch, kv_head, pair), walk = work.place(r), work.walk(r)
+        first_key, others = walk.masked_first(size)
+        q_slot = jax.lax.rem(r, q_stages)
 
         @pl.when(r >= q_stages)
         def _():
@@ -150,27 +181,32 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, pairs, 
                 rows.load(q, buffer, there, batch, kv_head, pair * COMPUTE + i, where.start)
 
         def fill(ref, buffer, there, n, slot):
-            keys = ref.at[batch, walk.keys(n, size), kv_head]
-            plgpu.copy_gmem_to_smem(keys, buffer.at[slot], there.at[slot])
+            def begin(first, size):
+                source = walks.keys(ref, batch, first, size, kv_head)
+                plgpu.copy_gmem_to_smem(source, buffer.at[slot, pl.ds(0, size)], there.at[slot])
 
+            first = jnp.where(n == 0, first_key, others.at(n - 1, size))
+            pl.when(n < walk.steps)(lambda: begin(first, size))
+            if cut.tail:
+                pl.when(n == walk.steps)(lambda: begin(walk.first + n * size, cut.tail))
+
+        steps = walk.steps + (cut.tail > 0)
         fill_k = functools.partial(fill, k, k_smem, k_there)
         fill_v = functools.partial(fill, v, v_smem, v_there)
-        walks.stream(walk.steps, stages, (k_free, fill_k), (v_free, fill_v), before=before)
-        return before + walk.steps
+        walks.stream(steps, stages, (k_free, fill_k), (v_free, fill_v), before=before)
+        return before + steps
 
     def compute_all():
-        # Turns go on from one pair of tiles to the next, whose queries are there if there is room
-        # for both. If not, they come when both warpgroups are done, without waiting for a turn.
+        pl.when(warpgroup == 1)(give_turn)
+        jax.lax.fori_loop(0, work.rounds, compute, (jnp.int32(0), work.walk(0)))
         if q_stages > 1:
-            pl.when(warpgroup == 1)(take_turn)
-        jax.lax.fori_loop(0, rounds, compute, jnp.int32(0))
-        if q_stages > 1:
-            pl.when(warpgroup == 0)(take_turn)
+            release_queries(work.rounds - 1)
+        pl.when(warpgroup == 0)(take_turn)  # the last one that the other one gave
 
     def copy_all():
-        steps = jax.lax.fori_loop(0, rounds, copy, jnp.int32(0))
+        steps = jax.lax.fori_loop(0, work.rounds, copy, jnp.int32(0))
         walks.drain(steps, stages, k_free, v_free)
-        walks.drain(rounds, q_stages, q_free)
+        walks.drain(work.rounds, q_stages, q_free)
 
     share_work(COMPUTE, compute_all, copy_all)
 
@@ -189,11 +225,11 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
     q_parts = tuple(tile(cut.row_stages, COMPUTE, ROWS, width) for width in widths)
     copies = rows.copies(group) * len(q_parts) * COMPUTE
     out, lse = launch.launch(
-        functools.partial(_interval_forward, cut=cut, pairs=tiles // COMPUTE, c=scale * LOG2E),
+        functools.partial(_interval_forward, cut=cut, c=scale * LOG2E),
         padded_q,
         padded_keys(k),
         padded_keys(walks.keep_seen(v, lo, hi)),
-        walks.over_keys(lo, hi, num_keys, group, tiles, cut.keys, least=1),
+        walks.over_keys(lo, hi, num_keys, group, tiles, cut),
         *walks.intervals_of_rows(lo, hi, num_keys, group, tiles),
         out_type=(
             jax.ShapeDtypeStruct((*padded_q.shape[:4], v_head_dim), q.dtype),
@@ -210,7 +246,7 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
             *(slots(), slots()),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=cut.row_stages),
             *(slots(num_arrivals=COMPUTE), slots(num_arrivals=COMPUTE)),
-            plgpu.Barrier(num_arrivals=COMPUTE),
+            plgpu.Barrier(num_barriers=COMPUTE),
         ),
     )
     out = out[:, :num_queries].reshape(*q.shape[:3], v_head_dim)

@@ -1,6 +1,7 @@
 """interval_attention, backward: dq by tiles of rows, dk and dv by tiles of keys."""
 
 import functools
+import itertools
 
 import jax
 import jax.experimental.pallas as pl
@@ -22,6 +23,7 @@ from pallas_kernels.mosaic_gpu.common import (
     padded_keys,
     product,
     products,
+    products_and_sum,
     share_work,
     smem,
 )
@@ -34,64 +36,127 @@ LARGEST_SPLIT = 32
 
 
 def _interval_dq(
-    q, k, v, d_out, table, lo, hi, lse, delta, dq, scratch, *, cut, pairs, scale
+    q, k, v, d_out, table, lo, hi, lse, delta, dq, scratch, *, cut, scale
 ):  # fmt: skip
-    """dq of two tiles of rows."""
-    q_smem, d_out_smem, k_smem, v_smem, rows_there, keys_there, keys_free = scratch
-    size, stages, c = cut.keys, cut.stages, scale * LOG2E
-    warpgroup = jax.lax.axis_index("warpgroup")
-    batch, kv_head, pair = walks.place(jax.lax.axis_index("program"), pairs, k.shape[2])
-    walk = Walk.load(table, batch, pair)
+    """dq of two tiles of rows at a time.
 
-    def compute():
-        tile = pair * COMPUTE + warpgroup
-        there, q_rows, d_out_rows = (x.at[warpgroup] for x in (rows_there, q_smem, d_out_smem))
-        rows.load(q, q_rows, there, batch, kv_head, tile)
-        rows.load(d_out, d_out_rows, there, batch, kv_head, tile)
+    Each program has several pairs of tiles, so that the keys and, where memory allows, the rows of
+    the next one come while the results of this one leave. Where it allows that too, and registers
+    suffice, all products of a step are in flight at a time: those of its scores and, behind them,
+    that with the gradient of the scores of the step before.
+    """
+    q_smem, d_out_smem, k_smem, v_smem, rows_there, rows_free, keys_there, keys_free = scratch
+    size, stages, row_stages, c = cut.keys, cut.stages, cut.row_stages, scale * LOG2E
+    # A step waits for the keys of the next one while it has its own and those of the one before.
+    overlapped = stages > 2
+    warpgroup, work = jax.lax.axis_index("warpgroup"), walks.Work(table, k.shape[2])
+
+    def compute(r, before):
+        (batch, kv_head, pair), walk = work.place(r), work.walk(r)
+        first_key, others = walk.masked_first(size)
+        tile, row_slot = pair * COMPUTE + warpgroup, jax.lax.rem(r, row_stages)
+        q_rows, d_out_rows = (x.at[row_slot, warpgroup] for x in (q_smem, d_out_smem))
         row_lo, row_hi, row_lse, row_delta = (
             plgpu.load(x, layout=OF_ROWS, optimized=False)
             for x in (*(x.at[batch, tile] for x in (lo, hi)),
                       *(x.at[batch, kv_head, tile] for x in (lse, delta)))
         )  # fmt: skip
-        plgpu.barrier_wait(there)
+        plgpu.barrier_wait(rows_there.at[row_slot])
 
-        def step(n, acc, masked):
-            slot = jax.lax.rem(n, stages)
-            keys, values = k_smem.at[slot], v_smem.at[slot]
-            plgpu.barrier_wait(keys_there.at[slot])
+        def slot(n):
+            return jax.lax.rem(before + n, stages)
 
-            def probabilities(scores):
-                if masked:
-                    scores = walks.keep(scores, walk.at(n, size), row_lo, row_hi)
-                return jnp.exp2(scores * c - by_row(row_lse, scores.shape))
+        def wait_for_keys(n):
+            @pl.when(n < walk.steps)
+            def _():
+                plgpu.barrier_wait(keys_there.at[slot(n)])
 
-            p, dp = products(
-                *(q_rows, keys.transpose((1, 0))),
-                *(d_out_rows, values.transpose((1, 0))),
-                probabilities,
-            )
+        def operands(n):
+            keys, values = (x.at[slot(n)].transpose((1, 0)) for x in (k_smem, v_smem))
+            return (q_rows, keys), (d_out_rows, values)
+
+        def probabilities(n, first_key, scores):
+            if first_key is not None:
+                scores = walks.keep(scores, first_key, row_lo, row_hi)
+            p = jnp.exp2(scores * c - by_row(row_lse, scores.shape))
+            if overlapped:
+                # In registers before the wait, or the compiler might make them after the products.
+                p = jax.lax.optimization_barrier(p)
+                wait_for_keys(n + 1)
+            return p
+
+        def gradient(p, dp, first_key):
             ds = p * (dp - by_row(row_delta, p.shape))
-            if masked:
+            if first_key is not None:
                 ds = jnp.where(p > 0, ds, 0.0)  # of a value that nobody sees it may be NaN
-            acc = accumulate(acc, ds.astype(q.dtype), keys)
-            plgpu.barrier_arrive(keys_free.at[slot])
+            return ds.astype(q.dtype)
+
+        def add(n, acc, ds):
+            acc = accumulate(acc, ds, k_smem.at[slot(n)])
+            plgpu.barrier_arrive(keys_free.at[slot(n)])
             return acc
 
-        acc = walk.run(step, full((ROWS, q.shape[4]), 0.0))
+        def score_gradient(n, first_key):
+            between = functools.partial(probabilities, n, first_key)
+            p, dp = products(*itertools.chain(*operands(n)), between)
+            return gradient(p, dp, first_key)
+
+        def later_step(n, state, masked):
+            first_key = others.at(n, size) if masked else None
+            n = n + 1
+            if not overlapped:
+                wait_for_keys(n)
+                return add(n, state, score_gradient(n, first_key))
+            between = functools.partial(probabilities, n, first_key)
+            p, dp, acc = products_and_sum(operands(n), *state, k_smem.at[slot(n - 1)], between)
+            plgpu.barrier_arrive(keys_free.at[slot(n - 1)])
+            return acc, gradient(p, dp, first_key)
+
+        wait_for_keys(0)
+        zeros, ds = full((ROWS, q.shape[4]), 0.0), score_gradient(0, first_key)
+        if overlapped:
+            acc = add(walk.steps - 1, *others.run(later_step, (zeros, ds)))
+        else:
+            acc = others.run(later_step, add(0, zeros, ds))
         q_rows[...] = (acc * scale).astype(dq.dtype)
         plgpu.commit_smem()
         rows.store(dq, q_rows, batch, kv_head, tile)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(rows_free.at[row_slot])
+        return before + walk.steps
 
-    def copy():
+    def copy(r, before):
+        (batch, kv_head, pair), walk = work.place(r), work.walk(r)
+        first_key, others = walk.masked_first(size)
+        row_slot = jax.lax.rem(r, row_stages)
+
+        @pl.when(r >= row_stages)
+        def _():
+            plgpu.barrier_wait(rows_free.at[row_slot])
+
+        for i in range(COMPUTE):
+            for ref, buffer in ((q, q_smem), (d_out, d_out_smem)):
+                buffer, there = buffer.at[row_slot, i], rows_there.at[row_slot]
+                rows.load(ref, buffer, there, batch, kv_head, pair * COMPUTE + i)
+
         def fill(n, slot):
+            first = jnp.where(n == 0, first_key, others.at(n - 1, size))
             for ref, buffer in ((k, k_smem), (v, v_smem)):
-                keys = ref.at[batch, walk.keys(n, size), kv_head]
-                plgpu.copy_gmem_to_smem(keys, buffer.at[slot], keys_there.at[slot])
+                source = walks.keys(ref, batch, first, size, kv_head)
+                plgpu.copy_gmem_to_smem(source, buffer.at[slot], keys_there.at[slot])
 
-        walks.stream(walk.steps, stages, (keys_free, fill))
-        walks.drain(walk.steps, stages, keys_free)
+        walks.stream(walk.steps, stages, (keys_free, fill), before=before)
+        return before + walk.steps
 
-    share_work(COMPUTE, compute, copy)
+    def compute_all():
+        jax.lax.fori_loop(0, work.rounds, compute, jnp.int32(0))
+
+    def copy_all():
+        steps = jax.lax.fori_loop(0, work.rounds, copy, jnp.int32(0))
+        walks.drain(steps, stages, keys_free)
+        walks.drain(work.rounds, row_stages, rows_free)
+
+    share_work(COMPUTE, compute_all, copy_all)
 
 
 def _interval_dkv(
@@ -199,18 +264,20 @@ def _query_gradient(q, k, v, d_out, table, intervals, lse, delta, cut, scale):
     tiles = lse.shape[2]
     tile = functools.partial(smem, dtype=q.dtype)
     slots = functools.partial(plgpu.Barrier, num_barriers=cut.stages)
+    row_slots = functools.partial(plgpu.Barrier, num_barriers=cut.row_stages)
     return launch.launch(
-        functools.partial(_interval_dq, cut=cut, pairs=tiles // COMPUTE, scale=scale),
+        functools.partial(_interval_dq, cut=cut, scale=scale),
         *(q, k, v, d_out, table, *intervals, lse, delta),
         out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
-        programs=batch * num_kv_heads * tiles // COMPUTE,
+        programs=min(batch * num_kv_heads * tiles // COMPUTE, launch.num_cores()),
         warpgroups=COMPUTE + 1,
         scratch=(
-            tile(COMPUTE, ROWS, head_dim),
-            tile(COMPUTE, ROWS, v.shape[3]),
+            tile(cut.row_stages, COMPUTE, ROWS, head_dim),
+            tile(cut.row_stages, COMPUTE, ROWS, v.shape[3]),
             tile(cut.stages, cut.keys, head_dim),
             tile(cut.stages, cut.keys, v.shape[3]),
-            plgpu.Barrier(num_arrivals=2 * rows.copies(group), num_barriers=COMPUTE),
+            row_slots(num_arrivals=2 * COMPUTE * rows.copies(group)),
+            row_slots(num_arrivals=COMPUTE),
             slots(num_arrivals=2),
             slots(num_arrivals=COMPUTE),
         ),
@@ -268,7 +335,7 @@ def backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
     padded_k, padded_v = padded_keys(k), padded_keys(v)
 
     cut = walks.lookup("interval_dq", q, v, longest)
-    table = walks.over_keys(lo, hi, num_keys, group, tiles, cut.keys)
+    table = walks.over_keys(lo, hi, num_keys, group, tiles, cut)
     clean_k = padded_keys(walks.keep_seen(k, lo, hi))
     dq = _query_gradient(
         padded_q, clean_k, padded_v, d_out, table, intervals, lse, delta, cut, scale

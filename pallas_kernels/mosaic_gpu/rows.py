@@ -123,11 +123,12 @@ def load(ref, buffer, barrier, batch, kv_head, tile, first=0):
 
 
 def store(ref, buffer, batch, kv_head, tile):
-    """Copies a tile, committed to shared memory, to where it belongs; then the memory is free."""
+    """Begins to copy a tile, committed to shared memory, to where it belongs.
+
+    The memory is free after `plgpu.wait_smem_to_gmem(0, wait_read_only=True)`.
+    """
     for rows, query, box in _boxes(ref, batch, kv_head, tile):
 
         @pl.when(query < ref.shape[1])
         def _(rows=rows, query=query, box=box):
             plgpu.copy_smem_to_gmem(buffer.at[rows], box(query))
-
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

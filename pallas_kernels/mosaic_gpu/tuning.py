@@ -17,14 +17,17 @@ class Tuning:
       keys: keys a step; of kernels for dk and dv, keys a tile.
       stages: steps whose operands are in shared memory at a time.
       row_stages: tiles of rows that are there at a time, of those that a warpgroup walks with.
+      tail: keys of a shorter step at the end of a walk, if it has one.
     """
 
     keys: int
     stages: int
     row_stages: int = 1
+    tail: int = 0
 
 
-# Of each kernel, (keys, stages) by (head_dim, v_head_dim).
+# Of each kernel, (keys, stages, ...) by (head_dim, v_head_dim). Forward takes two stages or more: a
+# step still reads the values of the one before.
 _INTERVAL_FORWARD = {
     (64, 64): (128, 4, 2),
     (64, 128): (128, 3, 2),
@@ -39,17 +42,28 @@ _INTERVAL_FORWARD = {
     (256, 128): (64, 3),
     (256, 256): (64, 2),
 }
+# Where steps are long and few, the last one is half as long.
+_INTERVAL_FORWARD_SHORT = _INTERVAL_FORWARD | {
+    (64, 64): (128, 4, 2, 64),
+    (64, 128): (128, 3, 2, 64),
+    (128, 64): (128, 3, 2, 64),
+    (128, 128): (128, 2, 2, 64),
+    (192, 64): (128, 2, 1, 64),
+    (192, 128): (128, 2, 1, 64),
+}
+# With three stages or more, a step has the last product of the one before in flight, for which 256
+# features leave no registers.
 _INTERVAL_DQ = {
-    (64, 64): (64, 4),
-    (64, 128): (64, 4),
+    (64, 64): (64, 4, 2),
+    (64, 128): (64, 4, 2),
     (64, 256): (64, 3),
-    (128, 64): (64, 4),
-    (128, 128): (64, 4),
+    (128, 64): (64, 3, 2),
+    (128, 128): (64, 3, 2),
     (128, 256): (64, 2),
     (192, 64): (64, 3),
     (192, 128): (64, 3),
     (192, 256): (64, 2),
-    (256, 64): (64, 3),
+    (256, 64): (64, 2),
     (256, 128): (64, 2),
     (256, 256): (64, 1),
 }
@@ -74,7 +88,7 @@ TABLE: dict[tuple[str, int, int], Tuning] = {
     (kernel, *head_dims): Tuning(*cut)
     for kernel, cuts in {
         "interval_forward": _INTERVAL_FORWARD,
-        "interval_forward_short": _INTERVAL_FORWARD,
+        "interval_forward_short": _INTERVAL_FORWARD_SHORT,
         "interval_dq": _INTERVAL_DQ,
         "interval_dq_short": _INTERVAL_DQ,
         "interval_dkv": _INTERVAL_DKV,

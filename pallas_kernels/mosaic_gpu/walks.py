@@ -30,11 +30,15 @@ class Walk(NamedTuple):
     whole: jax.Array
 
     @classmethod
-    def make(cls, first, end, whole_first, whole_end, size=1, least=0):
-        """int32 [..., 4]: [first, end) in steps of a size, and which lie in the whole range."""
-        steps = jnp.maximum(pl.cdiv(jnp.maximum(end - first, 0), size), least)
+    def make(cls, first, end, whole_first, whole_end, size=1, least=0, tail=0):
+        """int32 [..., 4]: [first, end) in steps of a size, and which lie in the whole range.
+
+        There are `least` steps or more, and the last `tail` of the range need not be in one.
+        """
+        steps = jnp.maximum(pl.cdiv(jnp.maximum(end - tail - first, 0), size), least)
         head = jnp.minimum(pl.cdiv(jnp.maximum(whole_first - first, 0), size), steps)
-        whole = jnp.maximum(jnp.minimum(whole_end, end) - first, 0) // size - head
+        whole = jnp.maximum(jnp.minimum(whole_end, end) - first, 0) // size
+        whole = jnp.minimum(whole, steps) - head
         walk = jnp.broadcast_arrays(first, steps, head, jnp.maximum(whole, 0))
         return jnp.stack(walk, axis=-1).astype(jnp.int32)
 
@@ -49,9 +53,13 @@ class Walk(NamedTuple):
         masked = jnp.where(rest < self.head, rest, n)
         return self.first + jnp.where(rest < 0, self.head + n, masked) * size
 
-    def keys(self, n, size):
-        """The keys of the n-th step."""
-        return pl.ds(pl.multiple_of(self.at(n, size), TILE_ROWS), size)
+    def masked_first(self, size):
+        """Where a step begins that not all of the tile may see, and a walk over the others."""
+        head, last = self.head > 0, self.steps - 1
+        masked = self.first + jnp.where(head, 0, last) * size
+        first = self.first + jnp.where(head, size, 0)
+        left = jnp.maximum(self.head - 1, 0)
+        return masked, Walk(first, last, left, jnp.minimum(self.whole, last - left))
 
     def run(self, step, state):
         """Folds step(n, state, masked) over the steps."""
@@ -60,11 +68,11 @@ class Walk(NamedTuple):
         return jax.lax.fori_loop(self.whole, self.steps, masked, state)
 
 
-def over_keys(lo, hi, num_keys, group, tiles, size, least=0):
+def over_keys(lo, hi, num_keys, group, tiles, cut):
     """Of each pair of tiles of rows, its walk over the keys: int32 [B, pairs, 4].
 
     lo and hi do not decrease: the first and the last query bound what any and what all rows see.
-    A walk has `least` steps or more, if need be over keys that no row sees.
+    A walk has a step, if need be over keys that no row sees, and leaves its end to the tail.
     """
     queries = rows.queries_per_tile(group) * COMPUTE
     first_query = jnp.arange(tiles // COMPUTE) * queries
@@ -72,7 +80,7 @@ def over_keys(lo, hi, num_keys, group, tiles, size, least=0):
     hi = jnp.minimum(hi, num_keys)
     first = jnp.clip(lo[:, first_query], 0, num_keys - 1) // TILE_ROWS * TILE_ROWS
     whole = lo[:, last_query], hi[:, first_query]
-    return Walk.make(first, hi[:, last_query], *whole, size, least)
+    return Walk.make(first, hi[:, last_query], *whole, cut.keys, least=1, tail=cut.tail)
 
 
 def over_rows(lo, hi, num_keys, group, tiles, size, splits):
@@ -115,11 +123,43 @@ def keep_seen(x, lo, hi):
     return jnp.where(jax.vmap(seen)(lo, hi)[:, :, None, None], x, 0)
 
 
-def place(index, pairs, num_kv_heads):
-    """The batch, key/value head and pair of tiles of a piece of work, the longest walks first."""
-    rest = jax.lax.div(index, pairs)
-    pair = pairs - 1 - jax.lax.rem(index, pairs)
-    return jax.lax.div(rest, num_kv_heads), jax.lax.rem(rest, num_kv_heads), pair
+class Work:
+    """The pairs of tiles of rows that a program has, one after another.
+
+    Attributes:
+      rounds: how many.
+    """
+
+    def __init__(self, table, num_kv_heads):
+        """Takes what `over_keys` made, in global memory."""
+        self._table, self._num_kv_heads = table, num_kv_heads
+        self._program, self._programs = (
+            f("program") for f in (jax.lax.axis_index, jax.lax.axis_size)
+        )
+        total = table.shape[0] * table.shape[1] * num_kv_heads
+        last_round = jnp.int32((total - 1) // self._programs)
+        self.rounds = last_round + (self._index(last_round) < total).astype(jnp.int32)
+
+    def _index(self, r):  # to and fro balances a list that begins with the longest walks
+        mine = jnp.where(r % 2 == 0, self._program, self._programs - 1 - self._program)
+        return r * self._programs + mine
+
+    def place(self, r):
+        """The batch, key/value head and pair of tiles of the r-th round."""
+        pairs = self._table.shape[1]
+        rest = jax.lax.div(self._index(r), pairs)
+        pair = pairs - 1 - jax.lax.rem(self._index(r), pairs)
+        return jax.lax.div(rest, self._num_kv_heads), jax.lax.rem(rest, self._num_kv_heads), pair
+
+    def walk(self, r):
+        """The walk of the r-th round."""
+        batch, _, pair = self.place(r)
+        return Walk.load(self._table, batch, pair)
+
+
+def keys(ref, batch, first, size, kv_head):
+    """The keys of a step: a part of [B, S, K, H] in global memory."""
+    return ref.at[batch, pl.ds(pl.multiple_of(first, TILE_ROWS), size), kv_head]
 
 
 def stream(steps, stages, *streams, before=0):
