@@ -15,6 +15,7 @@ ALLOWED = {
     "pallas_kernels": {"jax"},
     "pallas_kernels.mosaic_gpu": {
         "jax",
+        "jaxlib",
         "pallas_kernels.calls",
         "pallas_kernels.lists",
         "pallas_kernels.mosaic_gpu",

@@ -3,7 +3,7 @@
 Forward and for dq, a tile of neighbouring queries, all heads of a group, walks the union of the
 blocks that its queries selected; for dk and dv a block meets, item by item, the queries that
 selected it. A NaN in memory that no query of a tile selected or has reached changes nothing; one in
-a block that some query of the tile has passed and selected reaches the others of that tile.
+a block that some query of the tile has passed and selected may reach others of that tile.
 """
 
 import functools

@@ -33,7 +33,6 @@ from pallas_kernels.mosaic_gpu.selected_walk import (
     KEYS,
     MOST_STAGES,
     SMALL,
-    Ring,
     Walk,
     divide,
     load_reached,
@@ -67,10 +66,10 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
     walk = Walk.cut(q, v, positions, block_size, features + v_features)
 
     def selected_dq(q, k, v, d_out, lse2, delta, positions, blocks, masks, counts, dq, scratch):
-        q_smem, d_out_smem, rows_loaded, rings = scratch
+        q_smem, d_out_smem, rows_loaded, ring = scratch
         warpgroup = jax.lax.axis_index("warpgroup")
 
-        def compute_tile(place, n):
+        def compute_tile(place, slot):
             loaded = rows_loaded.at[warpgroup]
             q_rows, d_out_rows = (x.at[warpgroup] for x in (q_smem, d_out_smem))
             load_rows(walk, q, q_rows, loaded, place)
@@ -80,42 +79,47 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
             plgpu.barrier_wait(loaded)
 
             def step(keys, acc):
-                keys.wait_keys()
-                keys.wait_values()
-                # Of rows that did not choose the block exp2 is 0.
-                offset = jnp.where(keys.chosen, row_lse2, jnp.inf)
-
                 def probabilities(scores):
                     if keys.seen is not None:
                         scores = jnp.where(keys.seen, scores, -jnp.inf)
+                    # Of rows that did not choose the block exp2 is 0.
+                    offset = jnp.where(keys.chosen, row_lse2, jnp.inf)
                     return jnp.exp2(scores * (scale * LOG2E) - by_row(offset, scores.shape))
+
+                def of_scores(p, dp):
+                    if keys.seen is not None:
+                        dp = jnp.where(keys.seen, dp, 0.0)  # of what nobody sees it may be NaN
+                    return (p * (dp - by_row(row_delta, p.shape))).astype(q.dtype)
+
+                def if_concerned(run, dtype):
+                    """Each warp for itself."""
+
+                    def nothing(x, *_):
+                        return jnp.zeros_like(x).astype(dtype)
+
+                    return lambda *x: jax.lax.cond(keys.concerned, run, nothing, *x)
 
                 p, dp = products(
                     *(q_rows, keys.keys.transpose((1, 0))),
-                    *(d_out_rows, keys.values.transpose((1, 0)), probabilities),
+                    *(d_out_rows, keys.values.transpose((1, 0))),
+                    if_concerned(probabilities, jnp.float32),
                 )
-                keys.release_values()
-                if keys.seen is not None:
-                    dp = jnp.where(keys.seen, dp, 0.0)  # of keys that nobody sees it may be NaN
-                ds = (p * (dp - by_row(row_delta, p.shape))).astype(q.dtype)
-                acc = accumulate(acc, ds, keys.keys)
-                keys.release_keys()
-                return acc
+                return accumulate(acc, if_concerned(of_scores, q.dtype)(p, dp), keys.keys)
 
-            n, acc = walk.consume(
-                *(step, place, (blocks, masks, counts), position, rings, n),
+            slot, acc = walk.consume(
+                *(step, place, (blocks, masks, counts), position, ring, slot),
                 full((ROWS, features), 0.0),
             )
             q_rows[...] = (acc * scale).astype(q.dtype)
             plgpu.commit_smem()
             store_rows(walk, q_rows, dq, place)
-            plgpu.wait_smem_to_gmem(0)
-            return n
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            return slot
 
         share_work(
             walk.computing,
-            lambda: walk.over_tiles(compute_tile, 0),
-            lambda: walk.load((k, v), (blocks, masks, counts), positions, rings, cleared=0),
+            lambda: walk.over_tiles(compute_tile, jnp.int32(0)),
+            lambda: walk.load(k, v, (blocks, masks, counts), positions, ring, cleared=0),
         )
 
     (result,) = launch.launch(
@@ -128,7 +132,7 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
             smem(walk.computing, ROWS, features, dtype=q.dtype),
             smem(walk.computing, ROWS, v_features, dtype=q.dtype),
             plgpu.Barrier(num_arrivals=2 * walk.queries, num_barriers=walk.computing),
-            walk.rings(q.dtype),
+            walk.ring(q.dtype),
         ),
     )
     return result
@@ -166,7 +170,8 @@ def dk_dv_of_items(
     def selected_dk_dv(
         q, k, v, d_out, lse2, delta, queries, items, passed, q_positions, dk, dv, scratch
     ):
-        k_smem, v_smem, keys_loaded, raw, q_smem, d_out_smem, lse2_smem, delta_smem, ring = scratch
+        k_smem, v_smem, keys_loaded, raw, q_smem, d_out_smem, *columns, ring = scratch
+        (lse2_smem, delta_smem), (loaded, released) = columns, ring
         warpgroup = jax.lax.axis_index("warpgroup")
         rest, part = divide(jax.lax.axis_index("program"), parts)
         rest, item = divide(rest, num_items)
@@ -194,24 +199,24 @@ def dk_dv_of_items(
 
                 @pl.when(n >= stages)
                 def _():
-                    plgpu.barrier_wait(ring.released.at[slot])
+                    plgpu.barrier_wait(released.at[slot])
 
-                loaded = ring.loaded.at[slot]
+                there = loaded.at[slot]
                 for i in range(each):
                     at, rows = (b, wanted[i], g), pl.ds(i * heads, heads)
                     for source, target in ((q, q_smem), (d_out, d_out_smem)):
-                        plgpu.copy_gmem_to_smem(source.at[at], target.at[slot, rows], loaded)
+                        plgpu.copy_gmem_to_smem(source.at[at], target.at[slot, rows], there)
                     for source, target in ((lse2, lse2_smem), (delta, delta_smem)):
                         # Copies that mind bounds must begin at multiples of 128 bytes in shared
                         # memory; the numbers of one query are as few as 32 bytes.
                         plgpu.copy_gmem_to_smem(
-                            *(source.at[at], target.at[slot, rows], loaded),
+                            *(source.at[at], target.at[slot, rows], there),
                             oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
                         )
 
             @pl.loop(0, jnp.minimum(steps, stages))
             def _(slot):
-                plgpu.barrier_wait(ring.released.at[slot])
+                plgpu.barrier_wait(released.at[slot])
 
         def seen(n):
             """Which keys [KEYS, ROWS] the queries of step n have passed; none beyond the last."""
@@ -249,9 +254,9 @@ def dk_dv_of_items(
         def over_steps(add, acc):
             def step(n, acc, whole):
                 slot = jax.lax.rem(n, stages)
-                plgpu.barrier_wait(ring.loaded.at[slot])
+                plgpu.barrier_wait(loaded.at[slot])
                 acc = add(acc, n, slot, whole)
-                plgpu.barrier_arrive(ring.released.at[slot])
+                plgpu.barrier_arrive(released.at[slot])
                 return acc
 
             # Positions rise with the queries: those that do not see all of the keys come first.
@@ -294,8 +299,7 @@ def dk_dv_of_items(
             smem(stages, ROWS, v_features, dtype=q.dtype),
             plgpu.SMEM((stages, ROWS), jnp.float32),
             plgpu.SMEM((stages, ROWS), jnp.float32),
-            Ring(
-                None,
+            (
                 plgpu.Barrier(num_arrivals=4 * each, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             ),

@@ -1,10 +1,13 @@
 """selected_attention, forward: out and lse."""
 
+import functools
+import operator
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu import launch
+from pallas_kernels.mosaic_gpu import launch, warps
 from pallas_kernels.mosaic_gpu.common import (
     LN2,
     LOG2E,
@@ -23,8 +26,15 @@ from pallas_kernels.mosaic_gpu.selected_walk import (
     store_rows,
 )
 
-#: Where running maxima begin. Finite, for differences of maxima never to be NaN.
+#: Where what exponents are relative to begins. Finite, for differences never to be NaN.
 LOWEST = float(jnp.finfo(jnp.float32).min)
+
+#: Columns of the smallest tile of registers.
+FOLDED = 8
+
+#: How far exponents, in base 2, may exceed what they are relative to: 2 ** MARGIN is far from the
+#: end of float16, and sums of it from that of float32.
+MARGIN = 8
 
 
 def forward(q, k, v, lists, positions, *, block_size, scale):
@@ -49,10 +59,10 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
     rows_smem = [smem(walk.computing, ROWS, width, dtype=q.dtype) for width in widths]
 
     def selected_forward(q, k, v, positions, blocks, masks, counts, out, lse, scratch):
-        rows_smem, lse_smem, rows_loaded, rings = scratch
+        rows_smem, lse_smem, rows_loaded, ring = scratch
         warpgroup = jax.lax.axis_index("warpgroup")
 
-        def compute_tile(place, n):
+        def compute_tile(place, slot):
             loaded = rows_loaded.at[warpgroup]
             q_smem, out_smem = (rows_smem[i].at[warpgroup] for i in (0, -1))
             load_rows(walk, q, q_smem, loaded, place)
@@ -65,25 +75,26 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
             state = (
                 full((ROWS, v_features), 0.0),
                 full((ROWS,), LOWEST, OF_ROWS),
-                full((ROWS,), 0.0, OF_ROWS),
+                full((ROWS, FOLDED), 0.0),
             )
-            n, (acc, largest, total) = walk.consume(
-                step, place, (blocks, masks, counts), position, rings, n, state
+            slot, (acc, offset, total) = walk.consume(
+                step, place, (blocks, masks, counts), position, ring, slot, state
             )
+            total = total.sum(axis=1)
             empty = total == 0
             total = jnp.where(empty, 1.0, total)
-            lse_smem.at[warpgroup][...] = jnp.where(empty, -jnp.inf, largest * LN2 + jnp.log(total))
+            lse_smem.at[warpgroup][...] = jnp.where(empty, -jnp.inf, offset * LN2 + jnp.log(total))
             out_smem[...] = (acc * by_row(1 / total, acc.shape)).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse.at[*place, warpgroup])
             store_rows(walk, out_smem, out, place)
-            plgpu.wait_smem_to_gmem(0)
-            return n
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            return slot
 
         share_work(
             walk.computing,
-            lambda: walk.over_tiles(compute_tile, 0),
-            lambda: walk.load((k, v), (blocks, masks, counts), positions, rings, cleared=1),
+            lambda: walk.over_tiles(compute_tile, jnp.int32(0)),
+            lambda: walk.load(k, v, (blocks, masks, counts), positions, ring, cleared=1),
         )
 
     return launch.launch(
@@ -99,27 +110,49 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
             rows_smem,
             plgpu.SMEM((walk.computing, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=walk.queries, num_barriers=walk.computing),
-            walk.rings(q.dtype),
+            walk.ring(q.dtype),
         ),
     )
 
 
+def _folded(x):
+    """Sums of every FOLDED-th column: no thread needs what another one has."""
+    tiles = [x[:, i : i + FOLDED] for i in range(0, x.shape[1], FOLDED)]
+    return functools.reduce(operator.add, tiles)
+
+
 def _step(keys, state, q_smem, c):
-    """Online softmax over KEYS more keys."""
-    acc, largest, total = state
-    keys.wait_keys()
+    """Online softmax over KEYS more keys.
+
+    What exponents are relative to need not be the largest one so far. A warp raises it only when
+    one exceeds it by more than MARGIN, which is rare after the first block: without, nothing waits
+    for a maximum over a row, and what has been added up needs no factor.
+    """
     scores = product(q_smem, keys.keys.transpose((1, 0)))
-    keys.release_keys()
-    if keys.seen is not None:
-        scores = jnp.where(keys.seen, scores, -jnp.inf)
-    new = jnp.maximum(largest, jnp.where(keys.chosen, scores.max(axis=1) * c, LOWEST))
-    # Of rows that did not choose the block exp2 is 0, at no cost an element.
-    offset = jnp.where(keys.chosen, new, jnp.inf)
-    p = jnp.exp2(scores * c - by_row(offset, scores.shape))
-    shrink = jnp.exp2(largest - new)
-    total = total * shrink + p.sum(axis=1)
-    acc = acc * by_row(shrink, acc.shape)
-    keys.wait_values()
-    acc = accumulate(acc, p.astype(keys.values.dtype), keys.values)
-    keys.release_values()
-    return acc, new, total
+
+    def softmax(scores, acc, offset, total):
+        if keys.seen is not None:
+            scores = jnp.where(keys.seen, scores, -jnp.inf)
+
+        def raised(acc, offset, total):
+            largest = jnp.where(keys.chosen, scores.max(axis=1) * c, LOWEST)
+            new = jnp.maximum(offset, largest)
+            shrink = jnp.exp2(offset - new)
+            return acc * by_row(shrink, acc.shape), new, total * by_row(shrink, total.shape)
+
+        limit = jnp.where(keys.chosen, (offset + MARGIN) * (1 / c), jnp.inf)
+        state = jax.lax.cond(
+            warps.any_above(scores, limit), raised, lambda *x: x, acc, offset, total
+        )
+        acc, offset, total = state
+        # Of rows that did not choose the block exp2 is 0, at no cost an element.
+        exponents = scores * c - by_row(jnp.where(keys.chosen, offset, jnp.inf), scores.shape)
+        p = jnp.exp2(exponents)
+        return p.astype(keys.values.dtype), acc, offset, total + _folded(p)
+
+    def nothing(scores, *state):
+        return jnp.zeros_like(scores).astype(keys.values.dtype), *state
+
+    # Each warp for itself.
+    p, acc, offset, total = jax.lax.cond(keys.concerned, softmax, nothing, scores, *state)
+    return accumulate(acc, p, keys.values), offset, total

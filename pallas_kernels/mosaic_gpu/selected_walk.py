@@ -3,12 +3,13 @@
 A tile is the queries of two or three warpgroups, ROWS rows each. The memory warpgroup copies each
 block of the tile's union once into a ring in shared memory; a warpgroup passes over the blocks that
 none of its own queries selected. Where neighbours agree, a block is so loaded for more queries than
-one warpgroup has rows for, and where they do not, nobody multiplies more than his own blocks.
+one warpgroup has rows for, and where they do not, nobody multiplies more than his own blocks. A
+warpgroup multiplies as one; what its warps do for themselves, only those do that have a query that
+selected the block.
 
 A program takes many tiles, one after another. The memory warpgroup does not stop between them.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu import launch
+from pallas_kernels.mosaic_gpu import launch, warps
 from pallas_kernels.mosaic_gpu.common import OF_ROWS, ROWS, TILE, by_row, smem
 
 KEYS = 64  # keys of a step
@@ -36,29 +37,38 @@ class Place(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Stages of one operand in shared memory."""
+    """Stages of keys and values in shared memory.
 
-    stages: Any  # [stages, KEYS, features]
-    loaded: Any  # a barrier each
+    Attributes:
+      keys: [stages, KEYS, H].
+      values: [stages, KEYS, V].
+      loaded: a barrier of each stage, for the two copies that fill it.
+      released: a barrier of each stage, for the warpgroups that are done with it.
+      raw: a barrier for a copy that others may not see yet.
+    """
+
+    keys: Any
+    values: Any
+    loaded: Any
     released: Any
+    raw: Any
 
 
 class Step(NamedTuple):
-    """KEYS keys of a block, for a warpgroup. What is waited for is released, each once.
+    """KEYS keys of a block, for a warpgroup.
 
     Attributes:
       keys, values: [KEYS, H], [KEYS, V] in shared memory.
       chosen: bool [ROWS], of which rows the query selected the block.
+      concerned: bool, whether this warp has rows of such queries; interpreted, whether the
+        warpgroup has.
       seen: None if every row has passed the keys; else bool [ROWS, KEYS], of chosen rows.
     """
 
     keys: Any
     values: Any
-    wait_keys: Callable
-    wait_values: Callable
-    release_keys: Callable
-    release_values: Callable
     chosen: jax.Array
+    concerned: jax.Array
     seen: jax.Array | None
 
 
@@ -71,7 +81,7 @@ class Walk(NamedTuple):
       heads: of a query, a power of two and at least 8: real ones, then padding.
       block_size: l'.
       features: H and V.
-      stages: of the rings of keys and of values.
+      stages: of the ring of keys and values.
       programs: that share the tiles.
     """
 
@@ -82,7 +92,7 @@ class Walk(NamedTuple):
     heads: int
     block_size: int
     features: tuple[int, int]
-    stages: tuple[int, int]
+    stages: int
     programs: int
 
     @classmethod
@@ -101,7 +111,7 @@ class Walk(NamedTuple):
         programs = min(batch * groups * tiles, launch.num_cores())
         return cls(
             *(batch, groups, tiles, computing, heads, block_size, features),
-            *(_stages(*features, 2 * computing * ROWS * row_features), programs),
+            *(_stages(sum(features), 2 * computing * ROWS * row_features), programs),
         )
 
     @property
@@ -119,17 +129,18 @@ class Walk(NamedTuple):
         own = ref.at[jax.lax.axis_index("warpgroup")]
         return plgpu.load(own, layout=OF_ROWS, optimized=False)
 
-    def rings(self, dtype):
+    def ring(self, dtype):
         """The scratch that `load` fills and `consume` empties."""
-        rings = [
-            Ring(
-                smem(stages, KEYS, features, dtype=dtype),
-                plgpu.Barrier(num_barriers=stages),
-                plgpu.Barrier(num_arrivals=self.computing, num_barriers=stages),
-            )
-            for stages, features in zip(self.stages, self.features, strict=True)
-        ]
-        return *rings, plgpu.Barrier()
+        return Ring(
+            *(smem(self.stages, KEYS, features, dtype=dtype) for features in self.features),
+            plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
+            plgpu.Barrier(num_arrivals=self.computing, num_barriers=self.stages),
+            plgpu.Barrier(),
+        )
+
+    def next_slot(self, slot):
+        """The stage after another one."""
+        return jnp.where(slot == self.stages - 1, 0, slot + 1)
 
     def over_tiles(self, body, carry):
         """carry = body(place, carry) for each tile of this program."""
@@ -144,57 +155,55 @@ class Walk(NamedTuple):
 
         return jax.lax.fori_loop(0, count, tile, carry)
 
-    def load(self, operands, lists, positions, rings, cleared):
+    def load(self, k, v, lists, positions, ring, cleared):
         """The memory warpgroup: copies the blocks of all tiles of this program.
 
-        Of operand `cleared`, which is multiplied by probabilities, keys that no query who selected
+        Of what is `cleared`, which is multiplied by probabilities, keys that no query who selected
         them has reached become zeros.
 
         Args:
-          operands: keys and values.
+          k, v: keys and values.
           lists: blocks, masks, counts.
           positions: int32 [B, tiles, computing, ROWS], of the query of each row.
-          rings: what it fills.
+          ring: what it fills.
           cleared: 0 for the keys, 1 for the values.
         """
         blocks, masks, counts = lists
-        *rings, raw = rings
-
-        def copy(i, n, place, start, last):
-            slot = jax.lax.rem(n, self.stages[i])
-            stage, loaded = rings[i].stages.at[slot], rings[i].loaded.at[slot]
-            source = operands[i].at[place.batch, pl.ds(start, KEYS), place.group]
-
-            @pl.when(n >= self.stages[i])
-            def _():
-                plgpu.barrier_wait(rings[i].released.at[slot])
-
-            if i == cleared and last is not None:
-                load_reached(source, stage, loaded, raw, last - start)
-            else:
-                plgpu.copy_gmem_to_smem(source, stage, loaded)
 
         def largest_position(place, mask):
             query = 31 - jax.lax.clz(mask)  # the last one of those who selected the block
             warpgroup, query = divide(query, self.queries)
             return positions[place.batch, place.tile, warpgroup, query * self.heads]
 
-        def step(i, n, place, whole):
+        def step(i, carry, place, whole):
+            n, slot = carry
             entry, part = divide(i, self.parts)
             start = pl.multiple_of(blocks[*place, entry] * self.block_size + part * KEYS, KEYS)
             last = None if whole else largest_position(place, masks[*place, entry])
-            for operand in range(2):
-                copy(operand, n, place, start, last)
-            return n + 1
 
-        n = self.over_tiles(partial(self._over_steps, step, counts), 0)
-        for ring, stages in zip(rings, self.stages, strict=True):
-            # Nobody leaves before all is read.
-            @pl.loop(0, jnp.minimum(n, stages))
-            def _(slot, ring=ring):
+            @pl.when(n >= self.stages)
+            def _():
                 plgpu.barrier_wait(ring.released.at[slot])
 
-    def consume(self, body, place, lists, position, rings, n, state):
+            loaded = ring.loaded.at[slot]
+            for i, (ref, stages) in enumerate(((k, ring.keys), (v, ring.values))):
+                source = ref.at[place.batch, pl.ds(start, KEYS), place.group]
+                stage = stages.at[slot]
+                if i == cleared and last is not None:
+                    load_reached(source, stage, loaded, ring.raw, last - start)
+                else:
+                    plgpu.copy_gmem_to_smem(source, stage, loaded)
+            return n + 1, self.next_slot(slot)
+
+        start = jnp.int32(0), jnp.int32(0)
+        n, _ = self.over_tiles(partial(self._over_steps, step, counts), start)
+
+        # Nobody leaves before all is read.
+        @pl.loop(0, jnp.minimum(n, self.stages))
+        def _(slot):
+            plgpu.barrier_wait(ring.released.at[slot])
+
+    def consume(self, body, place, lists, position, ring, slot, state):
         """A computing warpgroup: state = body(step, state) for each step that is its own.
 
         Args:
@@ -202,52 +211,47 @@ class Walk(NamedTuple):
           place: the tile.
           lists: blocks, masks, counts.
           position: int32 [ROWS], of the query of each row.
-          rings: what `load` fills.
-          n: how many steps this program has walked before.
+          ring: what `load` fills.
+          slot: its first stage.
           state: a tree of arrays in registers.
 
         Returns:
-          n and the state after this tile.
+          The stage after the last one of this tile, and the state.
         """
         blocks, masks, counts = lists
         first_bit = jax.lax.axis_index("warpgroup") * self.queries
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=OF_ROWS)
         bit = jax.lax.shift_left(jnp.int32(1), first_bit + row // self.heads)
         own = jax.lax.shift_left(jnp.int32((1 << self.queries) - 1), first_bit)
+        of_warp = warps.bits(first_bit, self.heads)
+
+        def mask_of(i):
+            # Early, for nobody to wait for memory; beyond the last one anything will do.
+            return masks[*place, jnp.minimum(divide(i, self.parts)[0], masks.shape[3] - 1)]
 
         def step(i, carry, place, whole):
-            n, mask, state = carry
-            entry, part = divide(i, self.parts)
-            # Of the next step, for it not to wait for memory; beyond the last one anything will do.
-            next_entry = jnp.minimum(divide(i + 1, self.parts)[0], masks.shape[3] - 1)
-            next_mask = masks[*place, next_entry]
-            chosen = (bit & mask) != 0
-            seen = None
-            if not whole:
-                start = blocks[*place, entry] * self.block_size + part * KEYS
-                key = start + plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=TILE)
-                seen = key <= by_row(jnp.where(chosen, position, -1), (ROWS, KEYS))
-            slots = [jax.lax.rem(n, stages) for stages in self.stages]
-            in_use = list(zip(rings[:2], slots, strict=True))
-            waits = [partial(plgpu.barrier_wait, ring.loaded.at[i]) for ring, i in in_use]
-            releases = [partial(plgpu.barrier_arrive, ring.released.at[i]) for ring, i in in_use]
+            slot, mask, next_mask, state = carry
+            later_mask = mask_of(i + 2)
 
             def walk(state):
-                stages = [ring.stages.at[slot] for ring, slot in in_use]
-                return body(Step(*stages, *waits, *releases, chosen, seen), state)
+                chosen, concerned = (bit & mask) != 0, (of_warp & mask) != 0
+                seen = None
+                if not whole:
+                    entry, part = divide(i, self.parts)
+                    start = blocks[*place, entry] * self.block_size + part * KEYS
+                    key = start + plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=TILE)
+                    seen = key <= by_row(jnp.where(chosen, position, -1), (ROWS, KEYS))
+                keys, values = ring.keys.at[slot], ring.values.at[slot]
+                return body(Step(keys, values, chosen, concerned, seen), state)
 
-            def pass_over(state):
-                for wait, release in zip(waits, releases, strict=True):
-                    wait()
-                    release()
-                return state
+            plgpu.barrier_wait(ring.loaded.at[slot])
+            state = jax.lax.cond((mask & own) != 0, walk, lambda x: x, state)
+            plgpu.barrier_arrive(ring.released.at[slot])
+            return self.next_slot(slot), next_mask, later_mask, state
 
-            state = jax.lax.cond((mask & own) != 0, walk, pass_over, state)
-            return n + 1, next_mask, state
-
-        carry = n, masks[*place, 0], state
-        n, _, state = self._over_steps(step, counts, place, carry)
-        return n, state
+        carry = slot, mask_of(0), mask_of(1), state
+        slot, _, _, state = self._over_steps(step, counts, place, carry)
+        return slot, state
 
     def _over_steps(self, step, counts, place, carry):
         """carry = step(i, carry, place, whole) for all steps of a tile; `whole` ones come first."""
@@ -311,13 +315,7 @@ def _queries(walk, place):
     return [(i, first + i) for i in range(walk.queries)]
 
 
-def _stages(head_dim, v_head_dim, fixed):
-    """How many stages of keys and of values fit beside `fixed` bytes.
-
-    Values have the one that may be left: they are held until the end of a step, keys only until
-    their first product.
-    """
+def _stages(features, fixed):
+    """How many stages of keys and values, with so many features, fit beside `fixed` bytes."""
     room = launch.SHARED_MEMORY - SMALL - fixed
-    keys, values = (2 * KEYS * x for x in (head_dim, v_head_dim))
-    both = min(room // (keys + values), MOST_STAGES)
-    return both, both + (room - both * (keys + values) >= values)
+    return min(room // (2 * KEYS * features), MOST_STAGES)

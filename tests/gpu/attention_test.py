@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa_jax import NSAConfig, native_sparse_attention
+from nsa_jax import KeyValue, NSAConfig, native_sparse_attention
 from nsa_jax.ops import dispatch, reference
 from nsa_jax.ops.branches import compressed_attention, select_blocks
 from tests.arg_specs import HOPPER, SMALL, ArgSpec, random_inputs
@@ -66,6 +66,23 @@ def test_kernels_agree_with_the_oracle(kernels, name):
         assert all(x.dtype == dtype for x in jax.tree.leaves(gradients))
         assert_close(out, expected[0], TOLERANCE[dtype])
         assert_close(gradients, expected[1], 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_scores_that_grow_along_the_keys(kernels):
+    """Largest scores so far rise all the time, by a little and by a lot."""
+    spec = SPECS["paper_heads"]
+    arrays = random_inputs(spec, dtype=jnp.float16)
+    for branch in ("compressed", "selected", "window"):
+        k, v = arrays[branch]
+        growth = jnp.linspace(0, 6, k.shape[1], dtype=k.dtype)[:, None, None]
+        arrays[branch] = KeyValue(k * growth, v)
+    exact = in_float32(arrays)
+    blocks = blocks_of_the_oracle(exact, spec)
+    out, gradients = value_and_gradients(arrays, spec, kernels, block_indices=blocks)
+    expected = value_and_gradients(exact, spec, "reference", block_indices=blocks)
+    assert_close(out, expected[0], TOLERANCE[jnp.float16])
+    assert_close(gradients, expected[1], 2 * TOLERANCE[jnp.float16])
 
 
 @pytest.mark.parametrize(("kernels", "name"), CASES)

@@ -123,6 +123,20 @@ def test_a_query_that_has_passed_what_only_earlier_ones_selected():
     assert_close(actual, oracle(*(x.astype(jnp.float32) for x in (q, k, v)), *where), q.dtype)
 
 
+def test_scores_that_grow_from_block_to_block():
+    """By less and by more than exponents may exceed what they are relative to, and down again."""
+    q, k, v = random_arrays(1, 5, 320, 1, 16, 64, 64)
+    k *= jnp.repeat(jnp.array([0.1, 1, 3, 2, 9], k.dtype), 64)[:, None, None]
+    blocks = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), (1, 5, 1, 5)).at[:, 3].set(2)
+    blocks = blocks.at[:, 3, :, 1:].set(-1)
+    where = (blocks, positions_from(315, 1, 5), 64, 0.3)
+    with interpreted():
+        actual = value_and_gradients(lambda *x: selected_attention(*x, *where), q, k, v)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = value_and_gradients(lambda *x: oracle(*x, *where), *wide)
+    assert_close(actual, expected, q.dtype)
+
+
 def test_no_keys():
     q, k, v = random_arrays(1, 3, 0, 1, 8, 64, 128)
     blocks = jnp.full((1, 3, 1, 2), -1, jnp.int32)
