@@ -166,6 +166,18 @@ _SELECTORS = {
     "static": Variant(selector="static"),
     "oracle": Variant(selector="oracle"),
 }
+# The weights that the others leave out, and the loss without its effect on the model: it trains the
+# choice alone. Not at scale "gpu", whose 10 minutes are full.
+_MORE_AUXILIARY = {
+    "auxiliary_0.1": Variant(selector="auxiliary", options={"weight": 0.1}),
+    "auxiliary_1_detached": Variant(
+        selector="auxiliary", options={"weight": 1.0, "detached": True}
+    ),
+    "auxiliary_alone_0.01": Variant(
+        overrides=_ALONE, selector="auxiliary", options={"weight": 0.01}
+    ),
+    "auxiliary_alone_1": Variant(overrides=_ALONE, selector="auxiliary", options={"weight": 1.0}),
+}
 
 
 def _selectors(full: int, gated: int) -> dict[str, Variant]:
@@ -194,7 +206,7 @@ _SELECTION_RECALL = Suite(
     scales={
         "cpu": Scale(
             _RECALL_CPU | {"steps": 800},
-            _selectors(202, 201),
+            _selectors(202, 201) | _MORE_AUXILIARY,
             20,
         ),
         "gpu": Scale(
@@ -211,7 +223,7 @@ _SELECTION_TEXT = Suite(
     scales={
         "cpu": Scale(
             _TEXT_CPU | {"steps": 150},
-            _selectors(274, 273),
+            _selectors(274, 273) | _MORE_AUXILIARY,
             15,
         ),
         "gpu": Scale(
