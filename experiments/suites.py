@@ -149,7 +149,7 @@ _RECALL = Suite(
 )
 
 # Everything but the choice of blocks is NSA's, the compressed output included. "_alone" is without
-# that output, as the paper describes these alternatives: selected blocks and the window.
+# that output: selected blocks and the window. The paper does not say which of the two it trained.
 _ALONE = _branches("selected", "window")
 _SELECTORS = {
     "nsa": _NSA,
