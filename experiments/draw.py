@@ -29,22 +29,31 @@ def all_figures(results: Path) -> None:
 
 
 def bars(results: Path, asked: dict):
-    """The primary metric of each variant: mean, standard deviation, and a dot for each seed."""
-    values = report.read(results)
-    shown = [name for name in asked["variants"] if (name, asked["metric"]) in values]
-    if not shown:
+    """Mean, standard deviation, and a dot for each seed.
+
+    Of the primary metric of each variant, and then of the other metrics that claims compare, which
+    are called as in the claim, "variant:metric".
+    """
+    found = report.read(results)
+    claimed = (claim[side] for claim in asked["claims"] for side in ("better", "worse"))
+    wanted = dict.fromkeys(report.number(name, asked) for name in (*asked["variants"], *claimed))
+    values = {
+        variant if metric == asked["metric"] else f"{variant}:{metric}": list(seeds.values())
+        for variant, metric in wanted
+        if (seeds := found.get((variant, metric)))
+    }
+    if not values:
         return None
-    figure, axes = _figure(7, 1 + 0.3 * len(shown))
-    for row, name in enumerate(shown):
-        seeds = list(values[name, asked["metric"]].values())
+    figure, axes = _figure(7, 1 + 0.3 * len(values))
+    for row, seeds in enumerate(values.values()):
         mean, std = report.mean_and_std(seeds)
         error = None if np.isnan(std) else std
         axes.barh(row, mean, xerr=error, color="#9bb8d3", capsize=3)
         axes.plot(seeds, [row] * len(seeds), "k.", markersize=4)
-    axes.set_yticks(range(len(shown)), shown)
+    axes.set_yticks(range(len(values)), values)
     axes.invert_yaxis()
     if "loss" in asked["metric"]:  # the differences are small beside the loss
-        every = [x for name in shown for x in values[name, asked["metric"]].values()]
+        every = [x for seeds in values.values() for x in seeds]
         margin = 0.2 * (max(every) - min(every)) or 0.1
         axes.set_xlim(min(every) - margin, max(every) + margin)
     axes.set(xlabel=asked["metric"], title=f"{asked['name']} ({asked['scale']})")

@@ -90,6 +90,12 @@ def read(results: Path) -> dict[tuple[str, str], dict[int, float]]:
     return values
 
 
+def number(name: str, asked: Mapping[str, Any]) -> tuple[str, str]:
+    """The variant and the metric that a claim means by "variant" or "variant:metric"."""
+    variant, _, metric = name.partition(":")
+    return variant, metric or asked["metric"]
+
+
 def mean_and_std(values: Iterable[float]) -> tuple[float, float]:
     """The mean and the standard deviation of a sample (n - 1); NaN for the latter of one value."""
     values = list(values)
@@ -121,14 +127,11 @@ def verdicts(values: Mapping, asked: Mapping[str, Any]) -> dict[str, Any]:
     It holds if all claims do, does not if one is refuted, and else is not resolved; a claim of
     which a number is missing is not resolved.
     """
-
-    def numbers(name):
-        variant, _, metric = name.partition(":")
-        return values.get((variant, metric or asked["metric"]), {}).values()
-
     claims = []
     for claim in asked["claims"]:
-        sides = numbers(claim["better"]), numbers(claim["worse"])
+        sides = [
+            values.get(number(claim[side], asked), {}).values() for side in ("better", "worse")
+        ]
         judged = {"verdict": OPEN, "gap": None, "std": None}
         if all(sides):
             judged = judge(*sides, asked["larger_is_better"])

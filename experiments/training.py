@@ -1,8 +1,8 @@
 """One variant of a suite with all its seeds: the same compiled update for each of them.
 
 The seeds are trained one after another. A seed's numbers are then those of its own run to the bit,
-whichever others are still to be done; together, by vmap, they took 1.1 to 1.6 times as long an
-update on two cores.
+whichever others are still to be done. Together, by vmap, they took 1.1 to 1.6 times as long an
+update on two CPU cores; on a GPU that was not measured.
 """
 
 import collections

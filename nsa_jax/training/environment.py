@@ -53,6 +53,9 @@ def versions() -> dict[str, str]:
 def git_state(folder: Path | None = None) -> dict[str, Any]:
     """Returns the commit of the sources that run, and whether they differ from it.
 
+    Files that git does not track count for nothing: the sources do without them, folders of data or
+    results beside them change no run, and a run records its configuration, whosever file it is.
+
     Args:
       folder: a folder of the source tree; that of this package if None.
 
@@ -75,7 +78,8 @@ def git_state(folder: Path | None = None) -> dict[str, Any]:
         # Installed into an environment inside some other repository, the sources are not its own.
         if not git("ls-files", "--", str(folder)):
             return {"commit": None, "reason": "the sources are not tracked by git"}
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except FileNotFoundError:
         return {"commit": None, "reason": "git is not installed"}
     except subprocess.TimeoutExpired:

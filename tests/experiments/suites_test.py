@@ -218,6 +218,21 @@ def test_a_summary_says_what_was_not_run(finished, tmp_path):
     assert f"Not run: {expected}." in text
 
 
+def test_bars_show_every_variant_and_every_number_of_a_claim(tmp_path):
+    rows = ["a,0,loss,1", "a,1,loss,3", "b,0,loss,4", "b,0,loss_late,7", "b,1,loss_late,8"]
+    rows += ["b,0,accuracy,0.5"]  # which no claim names
+    (tmp_path / "runs.csv").write_text("\n".join(["variant,seed,metric,value", *rows]) + "\n")
+    claims = [("a:loss_late", "b:loss_late"), ("b:loss_late", "a:loss")]
+    claims = [{"better": better, "worse": worse} for better, worse in claims]
+    asked = {"name": "", "scale": "", "metric": "loss", "variants": ["a", "b"], "claims": claims}
+    (axes,) = draw.bars(tmp_path, asked).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["a", "b", "b:loss_late"]  # of a:loss_late there is no number
+    assert [bar.get_width() for bar in axes.patches] == [2, 4, 7.5]
+    dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "."]
+    assert [list(seeds) for seeds in dots] == [[1, 3], [4], [7, 8]]
+
+
 def test_a_command_without_a_suite_says_what_it_needs():
     # Apart from this process, whose flags other commands define as well.
     command = [sys.executable, "-m", "experiments.run"]

@@ -19,7 +19,12 @@ def test_git_state_of_a_clean_and_of_a_changed_tree(tmp_path):
     clean = environment.git_state(tmp_path)
     assert len(clean["commit"]) == 40
     assert clean["dirty"] is False
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "untracked").write_text("3")
+    assert environment.git_state(tmp_path) == clean
     (tmp_path / "file").write_text("2")
+    assert environment.git_state(tmp_path) == {**clean, "dirty": True}
+    _git(tmp_path, "add", "file")  # nor does a change that waits to be committed hide
     assert environment.git_state(tmp_path) == {**clean, "dirty": True}
 
 
