@@ -6,10 +6,14 @@ the inverted index; a list that is long, as block 0's is when everybody selects 
 items of equal size, so that no program has more to do than another.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+#: `jnp.searchsorted` without a loop, of which every step would launch kernels of its own.
+search = functools.partial(jnp.searchsorted, method="scan_unrolled")
 
 
 class Unions(NamedTuple):
@@ -74,7 +78,7 @@ def inverted_index(block_indices, *, num_blocks: int, size: int) -> InvertedInde
 
     num_items = num_queries * num_selected // size + num_blocks
     item = jnp.arange(num_items, dtype=jnp.int32)
-    block = jax.vmap(lambda ends: jnp.searchsorted(ends, item, side="right"))(ends)
+    block = jax.vmap(lambda ends: search(ends, item, side="right"))(ends)
     block = jnp.minimum(block, num_blocks - 1).astype(jnp.int32)
     take = jax.vmap(jnp.take)
     skipped = (item - take(first_items, block)) * size

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lists import inverted_index
+from pallas_kernels.lists import inverted_index, search
 from pallas_kernels.mosaic_gpu import launch, lists, rows, selected_backward, tuning
 from pallas_kernels.mosaic_gpu.common import ROWS, TILE_ROWS, padded_keys
 from pallas_kernels.mosaic_gpu.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
@@ -96,7 +96,7 @@ def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, bl
     num_blocks = -(-num_keys // block_size)
     index = inverted_index(block_indices, num_blocks=num_blocks, size=ITEM_QUERIES)
     ends = (jnp.arange(num_blocks, dtype=jnp.int32) + 1) * block_size - 1
-    passed = jax.vmap(lambda x: jnp.searchsorted(x, ends))(q_positions).astype(jnp.int32)
+    passed = jax.vmap(lambda x: search(x, ends))(q_positions).astype(jnp.int32)
     partial = selected_backward.dk_dv_of_items(
         *(q_heads, keys, values, d_out_heads, lse2, delta),
         *(index.queries, index.items, passed, q_positions),

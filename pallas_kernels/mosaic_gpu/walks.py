@@ -12,6 +12,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.lists import search
 from pallas_kernels.mosaic_gpu import rows, tuning
 from pallas_kernels.mosaic_gpu.common import TILE, TILE_ROWS, by_row
 
@@ -94,10 +95,10 @@ def over_rows(lo, hi, num_keys, group, tiles, size, splits):
 
     def bounds(lo, hi):
         return (
-            jnp.searchsorted(hi, start, side="right"),
-            jnp.searchsorted(lo, end, side="left"),
-            jnp.searchsorted(hi, end, side="left"),
-            jnp.searchsorted(lo, start, side="right"),
+            search(hi, start, side="right"),
+            search(lo, end, side="left"),
+            search(hi, end, side="left"),
+            search(lo, start, side="right"),
         )
 
     queries = rows.queries_per_tile(group)
@@ -114,10 +115,7 @@ def keep_seen(x, lo, hi):
 
     def seen(lo, hi):
         key = jnp.arange(x.shape[1], dtype=jnp.int32)
-        begun, ended = (
-            jnp.searchsorted(bound, key, side="right", method="scan_unrolled")
-            for bound in (lo, jnp.maximum(lo, hi))
-        )
+        begun, ended = (search(bound, key, side="right") for bound in (lo, jnp.maximum(lo, hi)))
         return begun > ended
 
     return jnp.where(jax.vmap(seen)(lo, hi)[:, :, None, None], x, 0)

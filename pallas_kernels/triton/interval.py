@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels.lists import search
 from pallas_kernels.triton import launch, tuning
 from pallas_kernels.triton.common import (
     LOG2E,
@@ -293,10 +294,10 @@ def _row_bounds(lo, hi, num_keys, size):
     def one_row(lo, hi):
         hi = jnp.minimum(hi, num_keys)
         bounds = (
-            jnp.searchsorted(hi, start, side="right"),
-            jnp.searchsorted(lo, end, side="left"),
-            jnp.searchsorted(hi, start + size, side="left"),
-            jnp.searchsorted(lo, start, side="right"),
+            search(hi, start, side="right"),
+            search(lo, end, side="left"),
+            search(hi, start + size, side="left"),
+            search(lo, start, side="right"),
         )
         return jnp.stack(bounds, axis=-1).astype(jnp.int32)
 
