@@ -8,6 +8,7 @@
     lists.py      the unions of those blocks
     blocks.py     select_blocks; ranking.py, its choice of the top n
     common.py     what the kernels share on the device
+    warps.py      what a warp does for itself, which Pallas has no words for
     launch.py     the one call of Pallas Mosaic GPU, its interpreter, and what is refused
     tuning.py     tile sizes and stages by kernel and head sizes
 
