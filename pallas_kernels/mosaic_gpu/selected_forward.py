@@ -134,13 +134,15 @@ def _step(keys, state, q_smem, c):
         if keys.seen is not None:
             scores = jnp.where(keys.seen, scores, -jnp.inf)
 
+        limit = jnp.where(keys.chosen, (offset + MARGIN) * (1 / c), jnp.inf)
+
         def raised(acc, offset, total):
-            largest = jnp.where(keys.chosen, scores.max(axis=1) * c, LOWEST)
-            new = jnp.maximum(offset, largest)
+            largest = scores.max(axis=1)
+            # Of a row that need not rise it stays: no bit of it depends on the others of its warp.
+            new = jnp.maximum(offset, jnp.where(largest > limit, largest * c, LOWEST))
             shrink = jnp.exp2(offset - new)
             return acc * by_row(shrink, acc.shape), new, total * by_row(shrink, total.shape)
 
-        limit = jnp.where(keys.chosen, (offset + MARGIN) * (1 / c), jnp.inf)
         state = jax.lax.cond(
             warps.any_above(scores, limit), raised, lambda *x: x, acc, offset, total
         )

@@ -137,6 +137,22 @@ def test_scores_that_grow_from_block_to_block():
     assert_close(actual, expected, q.dtype)
 
 
+def test_no_bit_depends_on_a_later_query():
+    """Two queries of one warp, of which the second one's scores grow by more than the margin."""
+    q, k, v = random_arrays(1, 2, 192, 1, 8, 64, 64)
+    k = k.at[:, :64].multiply(0.1)
+    blocks = jnp.broadcast_to(jnp.arange(3, dtype=jnp.int32), (1, 2, 1, 3))
+    where = (blocks, positions_from(180, 1, 2), 64, 0.3)
+    with interpreted():
+        run = jax.jit(lambda q: selected_attention(q, k, v, *where))
+        first, second = (
+            jax.block_until_ready(run(q.at[:, 1].multiply(factor))) for factor in (1, 8)
+        )
+    for x, y in zip(first, second, strict=True):
+        assert (x[:, 1] != y[:, 1]).any()
+        np.testing.assert_array_equal(x[:, 0], y[:, 0])
+
+
 def test_no_keys():
     q, k, v = random_arrays(1, 3, 0, 1, 8, 64, 128)
     blocks = jnp.full((1, 3, 1, 2), -1, jnp.int32)
