@@ -143,11 +143,11 @@ def products(a, b, c, d, between):
 def accumulate(acc, p, v, meanwhile=lambda: None):
     """acc + p @ v, where acc and p are in registers.
 
-    The one place where the interpreter runs another program than the device: it has no products of
-    register operands and no accumulators that begin with a value. On a device p is an operand from
-    registers and the product begins with acc, which cross-lowering on a CPU compiles and the tests
-    on a GPU run. Interpreted, v is read and the product taken outside of the tensor cores, which
-    proves the barriers and the mathematics around it.
+    Here, in `products_and_sum`, and in warps.py the interpreter runs another program than the
+    device: it has no products of register operands and no accumulators that begin with a value. On
+    a device p is an operand from registers and the product begins with acc, which cross-lowering on
+    a CPU compiles and the tests on a GPU run. Interpreted, v is read and the product taken outside
+    of the tensor cores, which proves the barriers and the mathematics around it.
 
     Args:
       acc: [M, V] float32.
@@ -174,6 +174,8 @@ def accumulate(acc, p, v, meanwhile=lambda: None):
 
 def products_and_sum(operands, acc, p, v, between, meanwhile=lambda: None):
     """Products and, right behind them, acc + p @ v, with work on the first while the rest goes on.
+
+    Interpreted, one comes after the other; see `accumulate`.
 
     Args:
       operands: pairs of matrices, each as `product` takes them.

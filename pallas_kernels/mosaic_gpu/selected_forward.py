@@ -36,6 +36,10 @@ FOLDED = 8
 #: end of float16, and sums of it from that of float32.
 MARGIN = 8
 
+#: The share of what they are relative to by which rounding may let exponents exceed the margin:
+#: four roundings of float32, doubled. Of huge scores it is more than the margin.
+ROUNDING = 2.0**-21
+
 
 def forward(q, k, v, lists, positions, *, block_size, scale):
     """Attention of tiles of queries over their blocks.
@@ -124,9 +128,9 @@ def _folded(x):
 def _step(keys, state, q_smem, c):
     """Online softmax over KEYS more keys.
 
-    What exponents are relative to need not be the largest one so far. A warp raises it only when
-    one exceeds it by more than MARGIN, which is rare after the first block: without, nothing waits
-    for a maximum over a row, and what has been added up needs no factor.
+    What the exponents of a row are relative to need not be the largest one so far. It rises only
+    when one exceeds it by more than MARGIN, which is rare after the first block: where none of a
+    warp does, nothing waits for a maximum over a row, and what has been added up needs no factor.
     """
     scores = product(q_smem, keys.keys.transpose((1, 0)))
 
@@ -134,13 +138,16 @@ def _step(keys, state, q_smem, c):
         if keys.seen is not None:
             scores = jnp.where(keys.seen, scores, -jnp.inf)
 
+        margin = MARGIN - jnp.abs(offset) * ROUNDING
+        limit = jnp.where(keys.chosen, (offset + margin) * (1 / c), jnp.inf)
+
         def raised(acc, offset, total):
-            largest = jnp.where(keys.chosen, scores.max(axis=1) * c, LOWEST)
-            new = jnp.maximum(offset, largest)
+            largest = scores.max(axis=1)
+            # Of a row that need not rise it stays: no bit of it depends on the others of its warp.
+            new = jnp.maximum(offset, jnp.where(largest > limit, largest * c, LOWEST))
             shrink = jnp.exp2(offset - new)
             return acc * by_row(shrink, acc.shape), new, total * by_row(shrink, total.shape)
 
-        limit = jnp.where(keys.chosen, (offset + MARGIN) * (1 / c), jnp.inf)
         state = jax.lax.cond(
             warps.any_above(scores, limit), raised, lambda *x: x, acc, offset, total
         )

@@ -52,7 +52,7 @@ _INTERVAL_FORWARD_SHORT = _INTERVAL_FORWARD | {
     (192, 128): (128, 2, 1, 64),
 }
 # With three stages or more, a step has the last product of the one before in flight, for which 256
-# features leave no registers.
+# features in q leave no registers.
 _INTERVAL_DQ = {
     (64, 64): (64, 4, 2),
     (64, 128): (64, 4, 2),
@@ -83,7 +83,7 @@ _INTERVAL_DKV = {
 }
 
 #: (kernel, head_dim, v_head_dim) -> tuning. "_short" is for intervals of few keys, see
-#: `interval.SHORT`.
+#: `walks.SHORT`.
 TABLE: dict[tuple[str, int, int], Tuning] = {
     (kernel, *head_dims): Tuning(*cut)
     for kernel, cuts in {

@@ -55,7 +55,7 @@ class Walk(NamedTuple):
         return self.first + jnp.where(rest < 0, self.head + n, masked) * size
 
     def masked_first(self, size):
-        """Where a step begins that not all of the tile may see, and a walk over the others."""
+        """Where a step begins that wants a mask if any does, and a walk over the others."""
         head, last = self.head > 0, self.steps - 1
         masked = self.first + jnp.where(head, 0, last) * size
         first = self.first + jnp.where(head, size, 0)
@@ -73,7 +73,8 @@ def over_keys(lo, hi, num_keys, group, tiles, cut):
     """Of each pair of tiles of rows, its walk over the keys: int32 [B, pairs, 4].
 
     lo and hi do not decrease: the first and the last query bound what any and what all rows see.
-    A walk has a step, if need be over keys that no row sees, and leaves its end to the tail.
+    A walk has at least one step, if need be over keys that no row sees, and leaves its end to the
+    tail.
     """
     queries = rows.queries_per_tile(group) * COMPUTE
     first_query = jnp.arange(tiles // COMPUTE) * queries
@@ -131,9 +132,8 @@ class Work:
     def __init__(self, table, num_kv_heads):
         """Takes what `over_keys` made, in global memory."""
         self._table, self._num_kv_heads = table, num_kv_heads
-        self._program, self._programs = (
-            f("program") for f in (jax.lax.axis_index, jax.lax.axis_size)
-        )
+        self._program = jax.lax.axis_index("program")
+        self._programs = jax.lax.axis_size("program")
         total = table.shape[0] * table.shape[1] * num_kv_heads
         last_round = jnp.int32((total - 1) // self._programs)
         self.rounds = last_round + (self._index(last_round) < total).astype(jnp.int32)

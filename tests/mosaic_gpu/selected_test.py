@@ -137,6 +137,41 @@ def test_scores_that_grow_from_block_to_block():
     assert_close(actual, expected, q.dtype)
 
 
+def test_no_bit_depends_on_a_later_query():
+    """Two queries of one warp, of which the second one's scores grow by more than the margin."""
+    q, k, v = random_arrays(1, 2, 192, 1, 8, 64, 64)
+    k = k.at[:, :64].multiply(0.1)
+    blocks = jnp.broadcast_to(jnp.arange(3, dtype=jnp.int32), (1, 2, 1, 3))
+    where = (blocks, positions_from(180, 1, 2), 64, 0.3)
+    with interpreted():
+        run = jax.jit(lambda q: selected_attention(q, k, v, *where))
+        first, second = (
+            jax.block_until_ready(run(q.at[:, 1].multiply(factor))) for factor in (1, 8)
+        )
+    for x, y in zip(first, second, strict=True):
+        assert (x[:, 1] != y[:, 1]).any()
+        np.testing.assert_array_equal(x[:, 0], y[:, 0])
+
+
+def test_huge_scores_that_grow_by_a_few_roundings():
+    """By more than float16 probabilities may exceed 1, by less than a limit of them is exact."""
+    row = jnp.arange(64, dtype=jnp.float16).reshape(1, 4, 16)
+    q = jnp.zeros((1, 4, 16, 64), jnp.float16)
+    q = q.at[..., :3].set(jnp.stack([0 * row + 1024, 0 * row + 1 / 8, row / 8], axis=-1))
+    k = jnp.zeros((1, 128, 1, 64), jnp.float16).at[..., 0].set(1024).at[..., 2].set(1024)
+    k = k.at[:, 64:, :, 1].set(2)  # scores of 2**20 and more, then two eighths more
+    v = normal(3, k.shape, k.dtype)
+    blocks = jnp.broadcast_to(jnp.arange(2, dtype=jnp.int32), (1, 4, 1, 2))
+    with interpreted():
+        # With this scale, the roundings of some rows' limits add up.
+        where = (blocks, positions_from(127, 1, 4), 64, 125.00227123437045)
+        run = jax.jit(lambda *x: selected_attention(*x, *where))
+        out, _ = jax.block_until_ready(run(q, k, v))
+    # How the keys of both blocks share the weight is a matter of rounding; that it is 1 is not.
+    assert jnp.isfinite(out).all()
+    assert (jnp.abs(out) <= jnp.abs(v).max()).all()
+
+
 def test_no_keys():
     q, k, v = random_arrays(1, 3, 0, 1, 8, 64, 128)
     blocks = jnp.full((1, 3, 1, 2), -1, jnp.int32)
