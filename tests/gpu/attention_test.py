@@ -176,6 +176,22 @@ def test_kernels_read_nothing_of_the_future(kernels, spec, end):
     chex.assert_trees_all_equal(clean_run, value_and_gradients(poisoned, spec, kernels))
 
 
+@pytest.mark.parametrize(
+    ("kernels", "name"), [(k, n) for k in KERNELS for n in ("one_head", "four_heads_a_group")]
+)
+def test_no_bit_depends_on_later_queries(kernels, name):
+    """A tile, and a warp of it, has several queries of such groups."""
+    spec = SPECS[name]
+    end = spec.length // 2 + 1
+    arrays = random_inputs(spec, dtype=jnp.bfloat16)
+    others = arrays | {"q": arrays["q"].at[:, end:].multiply(8)}
+    run = jax.jit(
+        lambda arrays: native_sparse_attention(**arrays, config=spec.nsa, implementation=kernels)
+    )
+    before, after = (jax.tree.map(lambda x: x[:, :end], run(x)) for x in (arrays, others))
+    chex.assert_trees_all_equal(before, after)
+
+
 LONG = ArgSpec(1, 262144, 64, 4, 128, 128, NSAConfig())
 
 
