@@ -33,7 +33,7 @@ from pallas_kernels.mosaic_gpu.selected_walk import (
     KEYS,
     MOST_STAGES,
     SMALL,
-    Walk,
+    TileWalk,
     divide,
     load_reached,
     load_rows,
@@ -63,7 +63,7 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
       In the shape and dtype of q.
     """
     features, v_features = k.shape[3], v.shape[3]
-    walk = Walk.cut(q, v, positions, block_size, features + v_features)
+    walk = TileWalk.cut(q, v, positions, block_size, features + v_features)
 
     def selected_dq(q, k, v, d_out, lse2, delta, positions, blocks, masks, counts, dq, scratch):
         q_smem, d_out_smem, rows_loaded, ring = scratch
@@ -79,32 +79,7 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
             plgpu.barrier_wait(loaded)
 
             def step(keys, acc):
-                def probabilities(scores):
-                    if keys.seen is not None:
-                        scores = jnp.where(keys.seen, scores, -jnp.inf)
-                    # Of rows that did not choose the block exp2 is 0.
-                    offset = jnp.where(keys.chosen, row_lse2, jnp.inf)
-                    return jnp.exp2(scores * (scale * LOG2E) - by_row(offset, scores.shape))
-
-                def of_scores(p, dp):
-                    if keys.seen is not None:
-                        dp = jnp.where(keys.seen, dp, 0.0)  # of what nobody sees it may be NaN
-                    return (p * (dp - by_row(row_delta, p.shape))).astype(q.dtype)
-
-                def if_concerned(run, dtype):
-                    """Each warp for itself."""
-
-                    def nothing(x, *_):
-                        return jnp.zeros_like(x).astype(dtype)
-
-                    return lambda *x: jax.lax.cond(keys.concerned, run, nothing, *x)
-
-                p, dp = products(
-                    *(q_rows, keys.keys.transpose((1, 0))),
-                    *(d_out_rows, keys.values.transpose((1, 0))),
-                    if_concerned(probabilities, jnp.float32),
-                )
-                return accumulate(acc, if_concerned(of_scores, q.dtype)(p, dp), keys.keys)
+                return _dq_step(keys, acc, q_rows, d_out_rows, row_lse2, row_delta, scale * LOG2E)
 
             slot, acc = walk.consume(
                 *(step, place, (blocks, masks, counts), position, ring, slot),
@@ -136,6 +111,30 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
         ),
     )
     return result
+
+
+def _dq_step(keys, acc, q_rows, d_out_rows, row_lse2, row_delta, c):
+    """acc and what KEYS more keys give to dq, but for the scale."""
+
+    def probabilities(scores):
+        if keys.seen is not None:
+            scores = jnp.where(keys.seen, scores, -jnp.inf)
+        # Of rows that did not choose the block exp2 is 0.
+        offset = jnp.where(keys.chosen, row_lse2, jnp.inf)
+        return jnp.exp2(scores * c - by_row(offset, scores.shape))
+
+    def of_scores(p, dp):
+        if keys.seen is not None:
+            dp = jnp.where(keys.seen, dp, 0.0)  # of what nobody sees it may be NaN
+        return (p * (dp - by_row(row_delta, p.shape))).astype(d_out_rows.dtype)
+
+    p, dp = products(
+        *(q_rows, keys.keys.transpose((1, 0))),
+        *(d_out_rows, keys.values.transpose((1, 0))),
+        keys.if_concerned(probabilities, jnp.float32),
+    )
+    ds = keys.if_concerned(of_scores, d_out_rows.dtype)(p, dp)
+    return accumulate(acc, ds, keys.keys)
 
 
 def dk_dv_of_items(

@@ -21,7 +21,7 @@ from pallas_kernels.mosaic_gpu.common import (
     smem,
 )
 from pallas_kernels.mosaic_gpu.selected_walk import (
-    Walk,
+    TileWalk,
     load_rows,
     store_rows,
 )
@@ -59,7 +59,7 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
     features, v_features = k.shape[3], v.shape[3]
     # Outputs leave through the memory of the queries, where their sizes agree.
     widths = (features,) if features == v_features else (features, v_features)
-    walk = Walk.cut(q, v, positions, block_size, sum(widths))
+    walk = TileWalk.cut(q, v, positions, block_size, sum(widths))
     rows_smem = [smem(walk.computing, ROWS, width, dtype=q.dtype) for width in widths]
 
     def selected_forward(q, k, v, positions, blocks, masks, counts, out, lse, scratch):

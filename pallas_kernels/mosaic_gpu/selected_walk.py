@@ -71,8 +71,16 @@ class Step(NamedTuple):
     concerned: jax.Array
     seen: jax.Array | None
 
+    def if_concerned(self, run, dtype):
+        """run, each warp for itself; zeros like its first argument, of a dtype, for the others."""
 
-class Walk(NamedTuple):
+        def nothing(x, *_):
+            return jnp.zeros_like(x).astype(dtype)
+
+        return lambda *x: jax.lax.cond(self.concerned, run, nothing, *x)
+
+
+class TileWalk(NamedTuple):
     """The walk of all tiles.
 
     Attributes:
