@@ -120,24 +120,24 @@ def _accumulator(a, b):
     return plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32)
 
 
-def products(a, b, c, d, between):
-    """Two products as `product` makes them, with work on the first while the second goes on.
+def products(operands, between):
+    """Products as `product` makes them, with work on the first while the others go on.
 
     Args:
-      a, b: the matrices of the first product.
-      c, d: those of the second.
+      operands: pairs of matrices, each as `product` takes them.
       between: a function of the first product.
 
     Returns:
-      What `between` returns, and the second product.
+      What `between` returns, and the other products.
     """
 
-    def run(first, second):
-        _begin(first, a, b)
-        _begin(second, c, d)
-        return between(plgpu.wgmma_accumulator_load(first, wait_n=1)), second[...]
+    def run(first, *others):
+        for acc, (a, b) in zip((first, *others), operands, strict=True):
+            _begin(acc, a, b)
+        result = between(plgpu.wgmma_accumulator_load(first, wait_n=len(others)))
+        return result, *(acc[...] for acc in others)
 
-    return pl.run_scoped(run, _accumulator(a, b), _accumulator(c, d))
+    return pl.run_scoped(run, *(_accumulator(a, b) for a, b in operands))
 
 
 def accumulate(acc, p, v, meanwhile=lambda: None):
@@ -178,9 +178,8 @@ def products_and_sum(operands, acc, p, v, between, meanwhile=lambda: None):
     Interpreted, one comes after the other; see `accumulate`.
 
     Args:
-      operands: pairs of matrices, each as `product` takes them.
+      operands, between: as `products` takes them.
       acc, p, v: as `accumulate` takes them.
-      between: a function of the first product.
       meanwhile: called once everything has begun.
 
     Returns:

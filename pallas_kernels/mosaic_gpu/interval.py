@@ -168,24 +168,19 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, c):
 
     def copy(r, before):
         (batch, kv_head, pair), walk = work.place(r), work.walk(r)
-        first_key, others = walk.masked_first(size)
-        q_slot = jax.lax.rem(r, q_stages)
 
-        @pl.when(r >= q_stages)
-        def _():
-            plgpu.barrier_wait(q_free.at[q_slot])
-
-        for i in range(COMPUTE):
-            for part, where in zip(q_smem, columns, strict=True):
-                buffer, there = part.at[q_slot, i], q_there.at[q_slot]
-                rows.load(q, buffer, there, batch, kv_head, pair * COMPUTE + i, where.start)
+        def fill_q(_, slot):
+            for i in range(COMPUTE):
+                for part, features in zip(q_smem, columns, strict=True):
+                    where = part.at[slot, i], q_there.at[slot]
+                    rows.load(q, *where, batch, kv_head, pair * COMPUTE + i, features.start)
 
         def fill(ref, buffer, there, n, slot):
             def begin(first, size):
                 source = walks.keys(ref, batch, first, size, kv_head)
                 plgpu.copy_gmem_to_smem(source, buffer.at[slot, pl.ds(0, size)], there.at[slot])
 
-            first = jnp.where(n == 0, first_key, others.at(n - 1, size))
+            first = walk.at_masked_first(n, size)
             pl.when(n < walk.steps)(lambda: begin(first, size))
             if cut.tail:
                 pl.when(n == walk.steps)(lambda: begin(walk.first + n * size, cut.tail))
@@ -193,6 +188,7 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, c):
         steps = walk.steps + (cut.tail > 0)
         fill_k = functools.partial(fill, k, k_smem, k_there)
         fill_v = functools.partial(fill, v, v_smem, v_there)
+        walks.stream(1, q_stages, (q_free, fill_q), before=r)
         walks.stream(steps, stages, (k_free, fill_k), (v_free, fill_v), before=before)
         return before + steps
 

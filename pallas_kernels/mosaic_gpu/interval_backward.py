@@ -1,7 +1,6 @@
 """interval_attention, backward: dq by tiles of rows, dk and dv by tiles of keys."""
 
 import functools
-import itertools
 
 import jax
 import jax.experimental.pallas as pl
@@ -98,7 +97,7 @@ def _interval_dq(
 
         def score_gradient(n, first_key):
             between = functools.partial(probabilities, n, first_key)
-            p, dp = products(*itertools.chain(*operands(n)), between)
+            p, dp = products(operands(n), between)
             return gradient(p, dp, first_key)
 
         def later_step(n, state, masked):
@@ -127,24 +126,20 @@ def _interval_dq(
 
     def copy(r, before):
         (batch, kv_head, pair), walk = work.place(r), work.walk(r)
-        first_key, others = walk.masked_first(size)
-        row_slot = jax.lax.rem(r, row_stages)
 
-        @pl.when(r >= row_stages)
-        def _():
-            plgpu.barrier_wait(rows_free.at[row_slot])
-
-        for i in range(COMPUTE):
-            for ref, buffer in ((q, q_smem), (d_out, d_out_smem)):
-                buffer, there = buffer.at[row_slot, i], rows_there.at[row_slot]
-                rows.load(ref, buffer, there, batch, kv_head, pair * COMPUTE + i)
+        def fill_rows(_, slot):
+            for i in range(COMPUTE):
+                for ref, buffer in ((q, q_smem), (d_out, d_out_smem)):
+                    where = buffer.at[slot, i], rows_there.at[slot]
+                    rows.load(ref, *where, batch, kv_head, pair * COMPUTE + i)
 
         def fill(n, slot):
-            first = jnp.where(n == 0, first_key, others.at(n - 1, size))
+            first = walk.at_masked_first(n, size)
             for ref, buffer in ((k, k_smem), (v, v_smem)):
                 source = walks.keys(ref, batch, first, size, kv_head)
                 plgpu.copy_gmem_to_smem(source, buffer.at[slot], keys_there.at[slot])
 
+        walks.stream(1, row_stages, (rows_free, fill_rows), before=r)
         walks.stream(walk.steps, stages, (keys_free, fill), before=before)
         return before + walk.steps
 
@@ -208,12 +203,12 @@ def _interval_dkv(
                     scores = jnp.where(seen, scores, -jnp.inf)
                 return jnp.exp2(scores * c - by_column(of_rows(numbers_smem, 0), shape))
 
-            operands = k_tile, q_rows.transpose((1, 0))
+            of_scores = k_tile, q_rows.transpose((1, 0))
             if with_dk:
-                d_out_columns = d_out_rows.transpose((1, 0))
-                p, dp = products(*operands, v_tile, d_out_columns, probabilities)
+                of_dp = v_tile, d_out_rows.transpose((1, 0))
+                p, dp = products((of_scores, of_dp), probabilities)
             else:
-                p = probabilities(product(*operands))
+                p = probabilities(product(*of_scores))
             if with_dv:
                 dv_tile = accumulate(dv_tile, p.astype(q.dtype), d_out_rows)
             if with_dk:

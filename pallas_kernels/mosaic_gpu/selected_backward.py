@@ -116,24 +116,24 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
 def _dq_step(keys, acc, q_rows, d_out_rows, row_lse2, row_delta, c):
     """acc and what KEYS more keys give to dq, but for the scale."""
 
-    def probabilities(scores):
+    def of_scores(scores):
         if keys.seen is not None:
             scores = jnp.where(keys.seen, scores, -jnp.inf)
         # Of rows that did not choose the block exp2 is 0.
         offset = jnp.where(keys.chosen, row_lse2, jnp.inf)
-        return jnp.exp2(scores * c - by_row(offset, scores.shape))
+        return (jnp.exp2(scores * c - by_row(offset, scores.shape)),)
 
-    def of_scores(p, dp):
-        if keys.seen is not None:
-            dp = jnp.where(keys.seen, dp, 0.0)  # of what nobody sees it may be NaN
-        return (p * (dp - by_row(row_delta, p.shape))).astype(d_out_rows.dtype)
+    def of_probabilities(p):
+        # Of what nobody sees dp may be NaN.
+        seen_dp = dp if keys.seen is None else jnp.where(keys.seen, dp, 0.0)
+        return ((p * (seen_dp - by_row(row_delta, p.shape))).astype(dtype),)
 
-    p, dp = products(
-        *(q_rows, keys.keys.transpose((1, 0))),
-        *(d_out_rows, keys.values.transpose((1, 0))),
-        keys.if_concerned(probabilities, jnp.float32),
+    dtype = d_out_rows.dtype
+    (p,), dp = products(
+        ((q_rows, keys.keys.transpose((1, 0))), (d_out_rows, keys.values.transpose((1, 0)))),
+        lambda scores: keys.if_concerned(of_scores, jnp.float32, scores),
     )
-    ds = keys.if_concerned(of_scores, d_out_rows.dtype)(p, dp)
+    (ds,) = keys.if_concerned(of_probabilities, dtype, p)
     return accumulate(acc, ds, keys.keys)
 
 
@@ -242,8 +242,10 @@ def dk_dv_of_items(
 
         def add_to_dk(acc, n, slot, whole):
             p, dp = products(
-                *(k_smem, q_smem.at[slot].transpose((1, 0))),
-                *(v_smem, d_out_smem.at[slot].transpose((1, 0))),
+                (
+                    (k_smem, q_smem.at[slot].transpose((1, 0))),
+                    (v_smem, d_out_smem.at[slot].transpose((1, 0))),
+                ),
                 lambda scores: probabilities(scores, n, slot, whole),
             )
             column_delta = plgpu.load(delta_smem.at[slot], layout=OF_COLUMNS)

@@ -157,9 +157,5 @@ def _step(keys, state, q_smem, c):
         p = jnp.exp2(exponents)
         return p.astype(keys.values.dtype), acc, offset, total + _folded(p)
 
-    def nothing(scores, *state):
-        return jnp.zeros_like(scores).astype(keys.values.dtype), *state
-
-    # Each warp for itself.
-    p, acc, offset, total = jax.lax.cond(keys.concerned, softmax, nothing, scores, *state)
+    p, acc, offset, total = keys.if_concerned(softmax, keys.values.dtype, scores, *state)
     return accumulate(acc, p, keys.values), offset, total

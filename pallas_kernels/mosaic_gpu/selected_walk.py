@@ -71,13 +71,20 @@ class Step(NamedTuple):
     concerned: jax.Array
     seen: jax.Array | None
 
-    def if_concerned(self, run, dtype):
-        """run, each warp for itself; zeros like its first argument, of a dtype, for the others."""
+    def if_concerned(self, run, dtype, x, *state):
+        """run(x, *state), each warp for itself: where it is not, zeros like x and the state.
 
-        def nothing(x, *_):
-            return jnp.zeros_like(x).astype(dtype)
+        Args:
+          run: from x and the state to an array like x, of `dtype`, and the state.
+          dtype: of that array.
+          x: an array.
+          *state: more of them.
+        """
 
-        return lambda *x: jax.lax.cond(self.concerned, run, nothing, *x)
+        def nothing(x, *state):
+            return jnp.zeros_like(x).astype(dtype), *state
+
+        return jax.lax.cond(self.concerned, run, nothing, x, *state)
 
 
 class TileWalk(NamedTuple):

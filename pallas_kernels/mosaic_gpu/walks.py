@@ -62,6 +62,11 @@ class Walk(NamedTuple):
         left = jnp.maximum(self.head - 1, 0)
         return masked, Walk(first, last, left, jnp.minimum(self.whole, last - left))
 
+    def at_masked_first(self, n, size):
+        """Where the n-th step begins, the one of `masked_first` before the others."""
+        masked, others = self.masked_first(size)
+        return jnp.where(n == 0, masked, others.at(n - 1, size))
+
     def run(self, step, state):
         """Folds step(n, state, masked) over the steps."""
         state = jax.lax.fori_loop(0, self.whole, functools.partial(step, masked=False), state)
