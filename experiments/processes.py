@@ -9,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+import jax
+
 from nsa_jax.training.errors import RunError
 
 
@@ -21,7 +23,7 @@ def share(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> 
       workers: how many processes, at most one a job.
 
     Raises:
-      RunError: if a process was killed.
+      RunError: if a process was killed, or the device's memory did not suffice for all of them.
     """
     others = multiprocessing.active_children()
     spawn = multiprocessing.get_context("spawn")  # this process may hold a device already
@@ -38,12 +40,20 @@ def share(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> 
             for process in multiprocessing.active_children():
                 if process not in others:  # a pool lets what it has begun go on to its end
                     process.terminate()
-            if isinstance(error, BrokenProcessPool):
+            if reason := _want_of_memory(error):
                 raise RunError(
-                    "a worker was killed, perhaps for want of memory; the same command, with fewer "
-                    "--workers if need be, does what is not finished"
+                    f"{reason}; the same command, with fewer --workers if need be, does what is "
+                    "not finished"
                 ) from error
             raise
+
+
+def _want_of_memory(error: BaseException) -> str | None:
+    if isinstance(error, BrokenProcessPool):
+        return "a worker was killed, perhaps for want of memory"
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return f"a worker had not enough of the device's memory ({error})"
+    return None
 
 
 def _follow_parent() -> None:

@@ -49,8 +49,8 @@ def run_suite(
     Raises:
       ConfigError: if a configuration is wrong.
       ValueError: if there is no such variant.
-      RunError: if a folder is in use or holds another run, a loss is not finite, or a worker was
-        killed.
+      RunError: if a folder is in use or holds another run, a loss is not finite, a worker was
+        killed, or the device's memory did not suffice for all of them.
     """
     at: Scale = suite.scales[scale]
     names = list(at.variants) if only is None else only

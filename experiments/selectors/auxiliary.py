@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.selectors.base import Selector, attention_probabilities, block_mass, into_blocks
+from experiments.selectors.base import Selector, full_attention_mass, into_blocks
 
 
 class Auxiliary(Selector):
@@ -38,17 +38,17 @@ class Auxiliary(Selector):
         own_q = project("query", x)
         own_k = project("key", into_blocks(x, size).mean(axis=2))
         scores = jnp.einsum("btkh,bjkh->btkj", own_q, own_k) * self.width**-0.5
-        p = attention_probabilities(*jax.lax.stop_gradient((q, k)), document_starts)
-        self.sow("losses", "selection", self.weight * _kl(p, scores, document_starts, size))
+        mass = full_attention_mass(q, k, document_starts, size)
+        self.sow("losses", "selection", self.weight * _kl(mass, scores, document_starts, size))
         return scores
 
 
-def _kl(p, scores, document_starts, size):
+def _kl(mass, scores, document_starts, size):
     block = jnp.arange(scores.shape[-1])
-    own = jnp.arange(p.shape[1]) // size
+    own = jnp.arange(mass.shape[1]) // size
     complete = (block < own[:, None]) & (block >= document_starts[:, :, None] // size)
     complete = jnp.broadcast_to(complete[:, :, None], scores.shape)
-    teacher = jnp.where(complete, block_mass(p, size), 0.0)
+    teacher = jnp.where(complete, mass, 0.0)
     teacher = teacher / jnp.maximum(teacher.sum(axis=-1, keepdims=True), 1e-30)
     some = complete.any(axis=-1)
     # A row without any block would be a softmax over nothing; it counts for nothing below.

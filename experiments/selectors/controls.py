@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from experiments.selectors.base import Selector, attention_probabilities, block_mass
+from experiments.selectors.base import Selector, full_attention_mass
 
 
 class Random(Selector):
@@ -40,8 +40,7 @@ class Oracle(Selector):
 
     def scores(self, x, q, k, document_starts):
         """See `Selector.scores`."""
-        p = attention_probabilities(*jax.lax.stop_gradient((q, k)), document_starts)
-        return block_mass(p, self.nsa.select_block_size)
+        return full_attention_mass(q, k, document_starts, self.nsa.select_block_size)
 
 
 def _mix(x):

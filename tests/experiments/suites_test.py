@@ -192,6 +192,19 @@ def test_a_worker_that_was_killed_ends_the_others_with_a_sentence(tmp_path):
     assert not multiprocessing.active_children()
 
 
+def wants_too_much(trained):
+    """A measure for which one variant finds no memory."""
+    if trained.run.model.output_gate:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    return {"loss": 0.0}
+
+
+def test_a_worker_without_memory_ends_the_others_with_a_sentence(tmp_path):
+    suite = dataclasses.replace(SUITE, measures=(wants_too_much,))
+    with pytest.raises(RunError, match=r"Out of memory.*fewer --workers"):
+        runner.run_suite(suite, "cpu", [0], tmp_path, workers=2)
+
+
 def test_another_run_in_the_same_folder_is_refused(finished):
     with pytest.raises(WorkdirError, match=r"steps: was 3, is 2"):
         run_smallest(finished[0], overrides={"steps": 2, "optimizer.warmup_steps": 1})
