@@ -31,25 +31,58 @@ def differentiable(forward, backward):
 
     Args:
       forward: from q, k, v and two integer arrays, which say what is attended, to (out, lse).
-      backward: from all of these and the gradients of out and lse to those of q, k and v.
+      backward: from all of these and the gradients of out and lse to those of q, k and v. Of lse
+        it reads exp(scores - lse), the probabilities, which are 0 where lse is infinite.
 
     Returns:
-      A function as `forward`.
+      A function of a gate and the arguments of `forward`, with its results. The gate is None, or
+      float32 [B, T, N] and at least 0, and multiplies out, which is float32 then. A negative gate
+      gives NaN for gradients; one of 0 stops the gradient of lse too.
     """
 
     @jax.custom_vjp
-    def attention(*arrays):
-        return batched(forward)(*arrays)
+    def attention(gate, *arrays):
+        out, lse = batched(forward)(*arrays)
+        return _gated(out, gate), lse
 
-    def forward_rule(*arrays):
-        results = attention(*arrays)
-        return results, (*arrays, *results)
+    def forward_rule(gate, *arrays):
+        out, lse = batched(forward)(*arrays)
+        return (_gated(out, gate), lse), (gate, *arrays, out, lse)
 
     def backward_rule(residuals, gradients):
-        return *batched(backward)(*residuals, *gradients), None, None
+        gate, *arrays, out, lse = residuals
+        d_out, d_lse = gradients
+        d_gate = None
+        if gate is not None:
+            d_out = d_out.astype(out.dtype)
+            d_gate = (out.astype(gate.dtype) * d_out.astype(gate.dtype)).sum(axis=-1)
+            lse, d_lse = _gated_probabilities(lse, d_lse, gate)
+        return d_gate, *batched(backward)(*arrays, out, lse, d_out, d_lse), None, None
 
     attention.defvjp(forward_rule, backward_rule)
     return attention
+
+
+def _gated(out, gate):
+    return out if gate is None else gate[..., None] * out.astype(gate.dtype)
+
+
+def _gated_probabilities(lse, d_lse, gate):
+    """lse, and its gradient, by which the backward pass without a gate makes that with one.
+
+    A score's gradient is p (gate * dp - gate * delta + d_lse), and values take p * gate of d_out:
+    that is the pass without a gate whose probabilities are p * gate = exp(score - (lse - log gate))
+    and whose d_lse is d_lse / gate. So nothing of the size of d_out is ever multiplied by a gate.
+    """
+    shut = gate == 0
+    gate = jnp.where(shut, 1, gate)
+    return jnp.where(shut, jnp.inf, lse - jnp.log(gate)), jnp.where(shut, 0, d_lse / gate)
+
+
+def nothing_attended(q, v, gate):
+    """out and lse of an attention without keys."""
+    out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+    return _gated(out, gate), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
 
 
 def positive_scale(q, scale):

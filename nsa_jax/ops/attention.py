@@ -1,6 +1,5 @@
 """Native Sparse Attention: three branches, gated and summed (equation 5)."""
 
-import jax
 import jax.numpy as jnp
 
 from nsa_jax.config import NSAConfig
@@ -31,8 +30,8 @@ def native_sparse_attention(
         which stands for the tokens i*d to i*d + l - 1.
       selected: keys [B, S, K, H] and values [B, S, K, V] of the tokens, for the selected branch.
       window: likewise for the sliding window; the same arrays may serve both.
-      gates: the weight of each branch in the order compressed, selected, window. They are used as
-        given; the paper's are sigmoids and need not sum to 1.
+      gates: the weight of each branch in the order compressed, selected, window, at least 0: a
+        negative one may give NaN for gradients. The paper's are sigmoids and need not sum to 1.
       config: the geometry.
       scale: multiplies the scores; 1 / sqrt(H) by default.
       q_compressed: queries for the compressed branch where they differ from q, as when only one of
@@ -59,48 +58,22 @@ def native_sparse_attention(
     where |= {"implementation": implementation}
     documents = {"document_starts": document_starts}
 
+    gates = jnp.moveaxis(gates, -1, 0)
     out_compressed, lse = branches.compressed_attention(
-        q_compressed, *compressed, **where, **documents
+        q_compressed, *compressed, gate=gates[0], **where, **documents
     )
     if block_indices is None:
         block_indices = branches.select_blocks(
             q_compressed, compressed[0], lse, **where, **documents
         )
-
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    gates = jnp.moveaxis(gates.astype(dtype), -1, 0)[..., None]
-    out = gates[0] * out_compressed.astype(dtype)
-    out, q = _differentiated_in_turn(out, q)
-    out_selected, _ = branches.selected_attention(q, *selected, block_indices, **where)
-    out += gates[1] * out_selected.astype(dtype)
-    out, q = _differentiated_in_turn(out, q)
-    out_window, _ = branches.sliding_window_attention(q, *window, **where, **documents)
-    out += gates[2] * out_window.astype(dtype)
+    out_selected, _ = branches.selected_attention(
+        q, *selected, block_indices, gate=gates[1], **where
+    )
+    out_window, _ = branches.sliding_window_attention(
+        q, *window, gate=gates[2], **where, **documents
+    )
+    out = out_compressed + out_selected + out_window
     return out.astype(q.dtype), block_indices
-
-
-@jax.custom_vjp
-def _differentiated_in_turn(out, q):
-    """Returns out and q; backward, what q goes into comes before what out came from.
-
-    Without it XLA makes the gradients of the three branches' outputs at one time, which takes a
-    third of all the memory of the backward pass.
-    """
-    return out, q
-
-
-def _in_turn_forward(out, q):
-    return (out, q), None
-
-
-def _in_turn_backward(_, gradients):
-    d_out, d_q = gradients
-    # d_out came as q's dtype, so that nothing is lost by keeping it as that.
-    kept, d_q = jax.lax.optimization_barrier((d_out.astype(d_q.dtype), d_q))
-    return kept.astype(d_out.dtype), d_q
-
-
-_differentiated_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def _check_branches(q, q_compressed, compressed, selected, window, gates, config):

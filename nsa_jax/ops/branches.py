@@ -4,6 +4,10 @@ Each branch says which keys a query may see, an interval or a list of blocks, an
 kernel operation. Every function here takes:
 
     scale             a Python number that multiplies the scores; 1 / sqrt(H) by default
+    gate              [B, T, N], at least 0, which multiplies a branch's outputs; they are float32
+                      then, ready to be summed. The gradients cost less than with a product outside.
+                      A negative gate may give NaN for them, one of 0 stops that of lse too. None,
+                      the default, leaves the outputs as they are.
     q_positions       int32 [B, T], the position of each query among the keys; 0, 1, ... by default,
                       which is right where queries and keys are of the same tokens. They do not
                       decrease along a row, and none is behind the last token; a chunk of queries
@@ -25,6 +29,7 @@ import jax.numpy as jnp
 
 from nsa_jax.config import NSAConfig
 from nsa_jax.ops import compression, dispatch, reference
+from nsa_jax.ops.xla.common import accumulation_dtype, gated
 from nsa_jax.typing import Array, Float, Int
 
 
@@ -34,6 +39,7 @@ def compressed_attention(
     v: Float[Array, "B C K V"],
     *,
     config: NSAConfig,
+    gate: Float[Array, "B T N"] | None = None,
     scale: float | None = None,
     q_positions: Int[Array, "B T"] | None = None,
     document_starts: Int[Array, "B T"] | None = None,
@@ -46,7 +52,8 @@ def compressed_attention(
       k: compressed keys; block i stands for the tokens i*d to i*d + l - 1.
       v: compressed values.
       config: gives l and d.
-      scale: see the module's docstring, as for the arguments below.
+      gate: see the module's docstring, as for the arguments below.
+      scale: the scores'.
       q_positions: positions.
       document_starts: documents.
       implementation: by name, or "auto".
@@ -56,10 +63,12 @@ def compressed_attention(
       the softmax's denominators in float32, -inf there.
     """
     check_shapes("compressed_attention", q, k, v, q_positions, document_starts)
+    gate = _gate("compressed_attention", q, gate)
     sizes = _compressed_sizes(config)
     if implementation == "reference":
         where = {"q_positions": q_positions, "document_starts": document_starts}
-        return reference.compressed_attention(q, k, v, scale=scale, **sizes, **where)
+        out, lse = reference.compressed_attention(q, k, v, scale=scale, **sizes, **where)
+        return gated(out, gate), lse
     q_positions, document_starts = _positions(q, q_positions, document_starts)
     lo, hi = compression.visible_blocks(
         q_positions,
@@ -67,8 +76,13 @@ def compressed_attention(
         block_size=config.compress_block_size,
         stride=config.compress_stride,
     )
-    scale = _scale(q, scale)
-    return dispatch.run("interval_attention", implementation, q, k, v, lo, hi, scale=scale)
+    return dispatch.run(
+        "interval_attention",
+        implementation,
+        *(q, k, v, lo, hi),
+        scale=_scale(q, scale),
+        gate=gate,
+    )
 
 
 def select_blocks(
@@ -131,6 +145,7 @@ def selected_attention(
     block_indices: Int[Array, "B T K M"],
     *,
     config: NSAConfig,
+    gate: Float[Array, "B T N"] | None = None,
     scale: float | None = None,
     q_positions: Int[Array, "B T"] | None = None,
     implementation: str = "auto",
@@ -143,7 +158,8 @@ def selected_attention(
       v: values.
       block_indices: int32, distinct within a row, in any order; -1 stands for no block.
       config: gives l'.
-      scale: see the module's docstring, as for the arguments below.
+      gate: see the module's docstring, as for the arguments below.
+      scale: the scores'.
       q_positions: positions.
       implementation: by name, or "auto".
 
@@ -152,6 +168,7 @@ def selected_attention(
       the softmax's denominators in float32, -inf there.
     """
     check_shapes("selected_attention", q, k, v, q_positions)
+    gate = _gate("selected_attention", q, gate)
     rows, dtype = (*q.shape[:2], k.shape[2]), block_indices.dtype
     if block_indices.shape[:-1] != rows or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
@@ -160,15 +177,9 @@ def selected_attention(
         )
     block_size = config.select_block_size
     if implementation == "reference":
-        return reference.selected_attention(
-            q,
-            k,
-            v,
-            block_indices,
-            select_block_size=block_size,
-            scale=scale,
-            q_positions=q_positions,
-        )
+        where = {"select_block_size": block_size, "q_positions": q_positions}
+        out, lse = reference.selected_attention(q, k, v, block_indices, scale=scale, **where)
+        return gated(out, gate), lse
     q_positions, _ = _positions(q, q_positions, None)
     return dispatch.run(
         "selected_attention",
@@ -180,6 +191,7 @@ def selected_attention(
         q_positions,
         block_size=block_size,
         scale=_scale(q, scale),
+        gate=gate,
     )
 
 
@@ -189,6 +201,7 @@ def sliding_window_attention(
     v: Float[Array, "B S K V"],
     *,
     config: NSAConfig,
+    gate: Float[Array, "B T N"] | None = None,
     scale: float | None = None,
     q_positions: Int[Array, "B T"] | None = None,
     document_starts: Int[Array, "B T"] | None = None,
@@ -201,7 +214,8 @@ def sliding_window_attention(
       k: keys.
       v: values.
       config: gives w.
-      scale: see the module's docstring, as for the arguments below.
+      gate: see the module's docstring, as for the arguments below.
+      scale: the scores'.
       q_positions: positions.
       document_starts: documents.
       implementation: by name, or "auto".
@@ -210,11 +224,14 @@ def sliding_window_attention(
       The outputs in q's dtype, and the natural logarithm of the softmax's denominators in float32.
     """
     check_shapes("sliding_window_attention", q, k, v, q_positions, document_starts)
+    gate = _gate("sliding_window_attention", q, gate)
     if implementation == "reference":
         where = {"q_positions": q_positions, "document_starts": document_starts}
-        return reference.sliding_window_attention(
-            q, k, v, window_size=config.window_size, scale=scale, **where
+        size = config.window_size
+        out, lse = reference.sliding_window_attention(
+            q, k, v, window_size=size, scale=scale, **where
         )
+        return gated(out, gate), lse
     q_positions, document_starts = _positions(q, q_positions, document_starts)
     lo = jnp.maximum(q_positions - config.window_size + 1, document_starts)
     hi = q_positions + 1
@@ -224,6 +241,7 @@ def sliding_window_attention(
         *(q, k, v, lo, hi),
         scale=_scale(q, scale),
         longest=config.window_size,
+        gate=gate,
     )
 
 
@@ -267,6 +285,14 @@ def _positions(q, q_positions, document_starts):
     if document_starts is None:
         document_starts = jnp.zeros(shape, jnp.int32)
     return q_positions.astype(jnp.int32), document_starts.astype(jnp.int32)
+
+
+def _gate(operation, q, gate):
+    if gate is None:
+        return None
+    if gate.shape != q.shape[:3]:
+        raise ValueError(f"{operation}: gate {gate.shape} must be [B, T, N] = {q.shape[:3]}")
+    return gate.astype(accumulation_dtype(q))
 
 
 def _scale(q, scale):

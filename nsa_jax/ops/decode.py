@@ -103,22 +103,24 @@ def _chunk(q, q_compressed, now, window, gates, q_positions, length, *, config, 
     """The three branches over the cache, the window's keys being the last w and the chunk's."""
     where = {"config": config, "implementation": implementation}
     at = {"q_positions": q_positions}
+    gates = jnp.moveaxis(gates, -1, 0)
     out_compressed, lse = branches.compressed_attention(
-        q_compressed, *now.compressed, **at, **where
+        q_compressed, *now.compressed, gate=gates[0], **at, **where
     )
     blocks = branches.select_blocks(q_compressed, now.compressed[0], lse, **at, **where)
-    out_selected, _ = branches.selected_attention(q, *now.selected, blocks, **at, **where)
+    out_selected, _ = branches.selected_attention(
+        q, *now.selected, blocks, gate=gates[1], **at, **where
+    )
     index = config.window_size + jnp.arange(q.shape[1], dtype=jnp.int32)
     first = jnp.maximum(config.window_size - length, 0)[:, None]  # where there are tokens
     out_window, _ = branches.sliding_window_attention(
         *(q, *window),
         q_positions=jnp.broadcast_to(index, q_positions.shape),
         document_starts=jnp.broadcast_to(first, q_positions.shape),
+        gate=gates[2],
         **where,
     )
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    outputs = (out_compressed, out_selected, out_window)
-    out = sum(gates[..., i, None].astype(dtype) * x.astype(dtype) for i, x in enumerate(outputs))
+    out = out_compressed + out_selected + out_window
     return out.astype(q.dtype), blocks
 
 

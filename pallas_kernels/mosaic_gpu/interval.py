@@ -249,12 +249,12 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
     return out, rows.to_heads(lse, num_queries, group)
 
 
-def interval_attention(q, k, v, lo, hi, scale, longest=None):
+def interval_attention(q, k, v, lo, hi, scale, longest=None, gate=None):
     """Attention of query t over the keys j with lo[b, t] <= j < hi[b, t].
 
-    Differentiable in q, k, v, through both results. FlashAttention-3's forward (arXiv 2407.08608);
-    backward, one kernel for dq and one for dk and dv, without atomics. What keys hold that no query
-    sees changes nothing.
+    Differentiable in q, k, v and the gate, through both results. FlashAttention-3's forward (arXiv
+    2407.08608); backward, one kernel for dq and one for dk and dv, without atomics. What keys hold
+    that no query sees changes nothing.
 
     Args:
       q: queries [B, T, N, H], bfloat16 or float16.
@@ -264,14 +264,14 @@ def interval_attention(q, k, v, lo, hi, scale, longest=None):
       hi: int32 [B, T], not decreasing along t; a row with hi <= lo is empty.
       scale: a Python number that multiplies the scores.
       longest: a bound on hi - lo, if one is known; short intervals are tuned apart.
+      gate: None, or float32 [B, T, N], at least 0: multiplies out; see `calls.differentiable`.
 
     Returns:
-      out [B, T, N, V] in q's dtype, exactly 0 on an empty row, and lse [B, T, N] float32, the
-      natural logarithm of the softmax's denominator, -inf on an empty row.
+      out [B, T, N, V] in the dtype of q, or of the gate, exactly 0 on an empty row, and lse
+      [B, T, N] float32, the natural logarithm of the softmax's denominator, -inf on an empty row.
     """
     if k.shape[1] == 0:  # nothing to point a copy at
-        out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
-        return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+        return launch.nothing_attended(q, v, gate)
     q, scale = launch.positive_scale(q, scale)
     passes = (functools.partial(run, scale=scale, longest=longest) for run in (_forward, backward))
-    return launch.differentiable(*passes)(q, k, v, lo, hi)
+    return launch.differentiable(*passes)(gate, q, k, v, lo, hi)

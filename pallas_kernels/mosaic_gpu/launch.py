@@ -10,6 +10,7 @@ from pallas_kernels.calls import (  # noqa: F401 - kernels find here whatever a 
     batched,
     device,
     differentiable,
+    nothing_attended,
     num_select_blocks,
     positive_scale,
 )

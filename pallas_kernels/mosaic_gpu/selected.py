@@ -110,10 +110,10 @@ def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, bl
     return _join_heads(dq, q.shape[2] // num_kv_heads), dk, dv
 
 
-def selected_attention(q, k, v, block_indices, q_positions, block_size, scale):
+def selected_attention(q, k, v, block_indices, q_positions, block_size, scale, gate=None):
     """Attention of each query over the tokens of its blocks up to its own position (equation 12).
 
-    Differentiable in q, k, v, through both results.
+    Differentiable in q, k, v and the gate, through both results.
 
     Args:
       q: queries [B, T, N, H], bfloat16 or float16; see `launch.refusal` for what is taken.
@@ -123,18 +123,18 @@ def selected_attention(q, k, v, block_indices, q_positions, block_size, scale):
       q_positions: int32 [B, T], the position of each query among the keys, rising along a row.
       block_size: l', tokens a block; the last block may be shorter.
       scale: a Python number that multiplies the scores.
+      gate: None, or float32 [B, T, N], at least 0: multiplies out; see `calls.differentiable`.
 
     Returns:
-      out [B, T, N, V] in q's dtype, exactly 0 on an empty row, and lse [B, T, N] float32, the
-      natural logarithm of the softmax's denominator, -inf on an empty row.
+      out [B, T, N, V] in the dtype of q, or of the gate, exactly 0 on an empty row, and lse
+      [B, T, N] float32, the natural logarithm of the softmax's denominator, -inf on an empty row.
     """
     if q.size == 0 or k.size == 0:
-        out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
-        return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+        return launch.nothing_attended(q, v, gate)
     q, scale = launch.positive_scale(q, scale)
     # A query beyond the keys sees all of its blocks.
     q_positions = jnp.minimum(q_positions, k.shape[1] - 1)
     passes = (
         functools.partial(run, block_size=block_size, scale=scale) for run in (_forward, _backward)
     )
-    return launch.differentiable(*passes)(q, k, v, block_indices, q_positions)
+    return launch.differentiable(*passes)(gate, q, k, v, block_indices, q_positions)

@@ -341,12 +341,12 @@ def _backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
     return dq, *_key_gradients(q, k, v, lo, hi, lse, d_out, delta, cut, scale)
 
 
-def interval_attention(q, k, v, lo, hi, scale, longest=None):
+def interval_attention(q, k, v, lo, hi, scale, longest=None, gate=None):
     """Attention of query t over the keys j with lo[b, t] <= j < hi[b, t].
 
-    Differentiable in q, k, v, through both results. FlashAttention's forward (arXiv 2307.08691);
-    backward, one kernel for dq and one for dk and dv, without atomics. Keys before the first lo and
-    from the last hi of a tile of queries on are never read, whatever they hold.
+    Differentiable in q, k, v and the gate, through both results. FlashAttention's forward (arXiv
+    2307.08691); backward, one kernel for dq and one for dk and dv, without atomics. Keys before the
+    first lo and from the last hi of a tile of queries on are never read, whatever they hold.
 
     Args:
       q: queries [B, T, N, H], bfloat16, float16 or float32.
@@ -356,11 +356,12 @@ def interval_attention(q, k, v, lo, hi, scale, longest=None):
       hi: int32 [B, T], not decreasing along t; a row with hi <= lo is empty.
       scale: a Python number that multiplies the scores.
       longest: a bound on hi - lo, if one is known; short intervals are tuned apart.
+      gate: None, or float32 [B, T, N], at least 0: multiplies out; see `calls.differentiable`.
 
     Returns:
-      out [B, T, N, V] in q's dtype, exactly 0 on an empty row, and lse [B, T, N] float32, the
-      natural logarithm of the softmax's denominator, -inf on an empty row.
+      out [B, T, N, V] in the dtype of q, or of the gate, exactly 0 on an empty row, and lse
+      [B, T, N] float32, the natural logarithm of the softmax's denominator, -inf on an empty row.
     """
     q, scale = launch.positive_scale(q, scale)
     passes = (functools.partial(run, scale=scale, longest=longest) for run in (_forward, _backward))
-    return launch.differentiable(*passes)(q, k, v, lo, hi)
+    return launch.differentiable(*passes)(gate, q, k, v, lo, hi)

@@ -397,10 +397,10 @@ def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, bl
     return dq, *_key_gradients(q, k, v, block_indices, q_positions, lse, d_out, delta, sizes)
 
 
-def selected_attention(q, k, v, block_indices, q_positions, block_size, scale):
+def selected_attention(q, k, v, block_indices, q_positions, block_size, scale, gate=None):
     """Attention of each query over the tokens of its blocks up to its own position (equation 12).
 
-    Differentiable in q, k, v, through both results.
+    Differentiable in q, k, v and the gate, through both results.
 
     Args:
       q: queries [B, T, N, H], bfloat16, float16 or float32.
@@ -410,10 +410,11 @@ def selected_attention(q, k, v, block_indices, q_positions, block_size, scale):
       q_positions: int32 [B, T], the position of each query among the keys, rising along a row.
       block_size: l', tokens a block; the last block may be shorter.
       scale: a Python number that multiplies the scores.
+      gate: None, or float32 [B, T, N], at least 0: multiplies out; see `calls.differentiable`.
 
     Returns:
-      out [B, T, N, V] in q's dtype, exactly 0 on an empty row, and lse [B, T, N] float32, the
-      natural logarithm of the softmax's denominator, -inf on an empty row.
+      out [B, T, N, V] in the dtype of q, or of the gate, exactly 0 on an empty row, and lse
+      [B, T, N] float32, the natural logarithm of the softmax's denominator, -inf on an empty row.
     """
     q, scale = launch.positive_scale(q, scale)
     # A query beyond the keys sees all of its blocks, of which the kernels read what exists.
@@ -421,4 +422,4 @@ def selected_attention(q, k, v, block_indices, q_positions, block_size, scale):
     passes = (
         functools.partial(run, block_size=block_size, scale=scale) for run in (_forward, _backward)
     )
-    return launch.differentiable(*passes)(q, k, v, block_indices, q_positions)
+    return launch.differentiable(*passes)(gate, q, k, v, block_indices, q_positions)

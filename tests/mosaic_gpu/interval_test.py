@@ -148,9 +148,37 @@ def test_vmap():
     np.testing.assert_allclose(out, expected, atol=4e-3, rtol=0)
 
 
+def test_a_gate():
+    """One that shuts some rows, others of which are empty."""
+    lo, hi = rising_intervals(20, 40, 2)
+    gate = jax.nn.sigmoid(normal(5, 2, 20, 16, dtype=jnp.float32)).at[:, ::3].set(0)
+    arrays = random_arrays(2, 20, 40, 1, 16, 64, 64)
+
+    def product(gate, *x):
+        return gate[..., None] * oracle(*x, lo, hi, 0.3)[0]
+
+    def gated(gate, *x):
+        return interval_attention(*x, lo, hi, 0.3, gate=gate)[0]
+
+    def gradients(function, *arrays):
+        out, pull = jax.vjp(function, *arrays)
+        return out, *pull(normal(98, *out.shape).astype(out.dtype))
+
+    with tuning.override(**SMALL_STEPS), interpreted():
+        actual = jax.block_until_ready(jax.jit(functools.partial(gradients, gated))(gate, *arrays))
+    expected = gradients(product, gate, *(x.astype(jnp.float32) for x in arrays))
+    for x, y in zip(actual, expected, strict=True):
+        assert jnp.isfinite(x).all()
+        # As in `assert_agrees`.
+        np.testing.assert_allclose(x, y, atol=4e-3 * max(np.abs(y).max(), 1), rtol=0)
+    assert (actual[2][:, ::3] == 0).all()
+
+
 def test_no_keys():
     q, k, v = random_arrays(2, 5, 0, 2, 2, 64, 128)
     zero = jnp.zeros((2, 5), jnp.int32)
+    gate = jnp.ones((2, 5, 4))
+    assert interval_attention(q, k, v, zero, zero, 1.0, gate=gate)[0].dtype == jnp.float32
     out, lse, *_ = value_and_gradients(lambda *x: interval_attention(*x, zero, zero, 1.0), q, k, v)
     assert out.shape == (2, 5, 4, 128)
     assert (out == 0).all()

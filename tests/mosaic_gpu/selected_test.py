@@ -1,5 +1,6 @@
 """selected_attention's Mosaic GPU kernels: interpreted on a CPU, and lowered for a GPU."""
 
+import functools
 import math
 
 import jax
@@ -170,6 +171,33 @@ def test_huge_scores_that_grow_by_a_few_roundings():
     # How the keys of both blocks share the weight is a matter of rounding; that it is 1 is not.
     assert jnp.isfinite(out).all()
     assert (jnp.abs(out) <= jnp.abs(v).max()).all()
+
+
+def test_a_gate():
+    """One that shuts some queries."""
+    q, k, v = random_arrays(1, 9, 200, 1, 8, 64, 64)
+    where = (random_blocks(1, 9, 1, 4), positions_from(130, 1, 9), 64, 0.3)
+    gate = jax.nn.sigmoid(normal(5, (1, 9, 8), jnp.float32)).at[:, ::3].set(0)
+
+    def gated(gate, *x):
+        return selected_attention(*x, *where, gate=gate)[0]
+
+    def product(gate, *x):
+        return gate[..., None] * oracle(*x, *where)[0]
+
+    def gradients(function, *arrays):
+        out, pull = jax.vjp(function, *arrays)
+        return out, *pull(normal(98, out.shape, q.dtype).astype(out.dtype))
+
+    with interpreted():
+        run = jax.jit(functools.partial(gradients, gated))
+        actual = jax.block_until_ready(run(gate, q, k, v))
+    expected = gradients(product, gate, *(x.astype(jnp.float32) for x in (q, k, v)))
+    for x, y in zip(actual, expected, strict=True):
+        assert jnp.isfinite(x).all()
+        # As in `assert_close`.
+        np.testing.assert_allclose(x, y, atol=4e-3 * max(np.abs(y).max(), 1), rtol=0)
+    assert (actual[2][:, ::3] == 0).all()
 
 
 def test_no_keys():

@@ -161,11 +161,26 @@ def value_and_gradients(attention, q, k, v):
     return run(q, k, v)
 
 
+def gated_value_and_gradients(attention, gate, q, k, v):
+    """out, and the gradients of the gate, q, k and v, of a function of these four that gives out.
+
+    The cotangents fit into q's dtype, as those of a model in it do.
+    """
+
+    @jax.jit
+    def run(*arrays):
+        out, pull = jax.vjp(attention, *arrays)
+        return out, *pull(normal(98, out.shape, jnp.float16).astype(out.dtype))
+
+    return run(gate, q, k, v)
+
+
 def assert_close(actual, expected, dtype):
-    """Compares what `value_and_gradients` returns with the same in float32, by each one's scale."""
+    """Compares five results of one of these two with those in float32, by each one's scale."""
     # Sums in another order; in float16 inputs, probabilities and results are rounded to 11 bits.
     tolerance = {jnp.float32: 1e-5, jnp.float16: 4e-3}[jnp.dtype(dtype).type]
-    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+    names = ("out", "lse or d_gate", "dq", "dk", "dv")
+    for name, x, y in zip(names, actual, expected, strict=True):
         x, y = (np.asarray(value, np.float32) for value in (x, y))
         scale = max(np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max(initial=0.0), 1.0)
         np.testing.assert_allclose(x, y, atol=tolerance * scale, rtol=0, err_msg=name)

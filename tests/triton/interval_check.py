@@ -13,7 +13,12 @@ from nsa_jax.ops import reference
 from pallas_kernels.triton import interval, launch, tuning
 from pallas_kernels.triton.interval import interval_attention
 from tests.triton import interpreter
-from tests.triton.interpreter import assert_close, random_arrays, value_and_gradients
+from tests.triton.interpreter import (
+    assert_close,
+    gated_value_and_gradients,
+    random_arrays,
+    value_and_gradients,
+)
 
 # Small tiles, so that short sequences have many; dk and dv with others.
 TILE = tuning.Tuning(32, 16, 4, 1)
@@ -127,6 +132,24 @@ def test_reads_nothing_that_no_query_may_see(gap):
         return value_and_gradients(lambda *x: interval_attention(*x, lo, hi, 0.3), q, k, v)
 
     chex.assert_trees_all_equal(run(k, v), run(poisoned(k, lo, hi), poisoned(v, lo, hi)))
+
+
+def test_a_gate():
+    """One that shuts some queries."""
+    q, k, v = random_arrays(33, 31, 2, 3, 16, 24, jnp.float16)
+    where = (*rising_intervals(33, 31), 0.3)
+    gate = jax.nn.sigmoid(interpreter.normal(5, q.shape[:3])).at[:, ::3].set(0)
+
+    def gated(gate, *x):
+        return interval_attention(*x, *where, gate=gate)[0]
+
+    def product(gate, *x):
+        return gate[..., None] * oracle(*x, *where)[0]
+
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    actual = gated_value_and_gradients(gated, gate, q, k, v)
+    assert_close(actual, gated_value_and_gradients(product, gate, *wide), q.dtype)
+    assert (actual[2][:, ::3] == 0).all()
 
 
 @pytest.mark.parametrize("mapped", ["all", "q"])

@@ -13,7 +13,12 @@ from nsa_jax.ops import reference
 from pallas_kernels.triton import selected, tuning
 from pallas_kernels.triton.selected import selected_attention
 from tests.triton import interpreter
-from tests.triton.interpreter import assert_close, random_arrays, value_and_gradients
+from tests.triton.interpreter import (
+    assert_close,
+    gated_value_and_gradients,
+    random_arrays,
+    value_and_gradients,
+)
 
 KERNELS = ("selected_forward", "selected_dq", "selected_dkv")
 # The smallest tiles that tl.dot takes, and items of few queries: short sequences have many of both.
@@ -135,6 +140,24 @@ def test_reads_nothing_that_no_query_may_see():
         )
 
     chex.assert_trees_all_equal(run(k, v), run(poisoned(k), poisoned(v)))
+
+
+def test_a_gate():
+    """One that shuts some queries."""
+    q, k, v = random_arrays(15, 45, 2, 3, 24, 40, jnp.float16)
+    where = (random_blocks(15, 2, 4), positions_from(26, 15), 12, 0.3)
+    gate = jax.nn.sigmoid(interpreter.normal(5, q.shape[:3])).at[:, ::3].set(0)
+
+    def gated(gate, *x):
+        return selected_attention(*x, *where, gate=gate)[0]
+
+    def product(gate, *x):
+        return gate[..., None] * oracle(*x, *where)[0]
+
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    actual = gated_value_and_gradients(gated, gate, q, k, v)
+    assert_close(actual, gated_value_and_gradients(product, gate, *wide), q.dtype)
+    assert (actual[2][:, ::3] == 0).all()
 
 
 @pytest.mark.parametrize("mapped", ["all", "q"])

@@ -104,6 +104,11 @@ def finish_softmax(carry, dtype) -> tuple[Array, Array]:
     return (out / jnp.where(some, total, 1.0)[..., None]).astype(dtype), lse
 
 
+def gated(out: Array, gate: Array | None) -> Array:
+    """The outputs [B, T, N, V] of a branch times its gate [B, T, N], in the gate's dtype."""
+    return out if gate is None else gate[..., None] * out.astype(gate.dtype)
+
+
 def softmax_delta(out: Array, d_out: Array, d_lse: Array) -> Array:
     """What the gradient of each score of a row subtracts; it also carries what comes by lse."""
     dtype = accumulation_dtype(out)

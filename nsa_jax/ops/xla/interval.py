@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from nsa_jax.ops.xla.common import (
     accumulation_dtype,
     finish_softmax,
+    gated,
     group_heads,
     join_axis,
     keep_seen,
@@ -29,7 +30,6 @@ TILE_QUERIES = 128
 TILE_KEYS = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def interval_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -38,10 +38,11 @@ def interval_attention(
     hi: Int[Array, "B T"],
     scale: float,
     longest: int | None = None,
+    gate: Float[Array, "B T N"] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Attention of query t over the keys j with lo[b, t] <= j < hi[b, t].
 
-    Differentiable in q, k, v, through both results.
+    Differentiable in q, k, v and the gate, through both results.
 
     Args:
       q: queries.
@@ -52,12 +53,20 @@ def interval_attention(
       scale: multiplies the scores.
       longest: a bound on hi - lo, if one is known, by which kernels choose their tiles; not used
         here.
+      gate: None, or [B, T, N] in float32 (float64 for float64 inputs): multiplies the outputs.
 
     Returns:
-      The outputs in q's dtype, exactly 0 on an empty row, and the natural logarithm of the
-      softmax's denominator in float32, -inf on an empty row.
+      The outputs in the dtype of q, or of the gate, exactly 0 on an empty row, and the natural
+      logarithm of the softmax's denominator in float32, -inf on an empty row.
     """
-    return _forward(q, k, v, lo, hi, scale, longest)[0]
+    del longest
+    out, lse = _attention(q, k, v, lo, hi, scale)
+    return gated(out, gate), lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q, k, v, lo, hi, scale):
+    return _forward(q, k, v, lo, hi, scale)[0]
 
 
 def _query_tiles(arrays, lo, hi, num_keys, num_kv_heads):
@@ -96,8 +105,7 @@ def _load(k, v, lo, hi, tile, size):
     return keep_seen(k, seen), keep_seen(v, seen), mask[:, None, :, None, :]
 
 
-def _forward(q, k, v, lo, hi, scale, longest):
-    del longest
+def _forward(q, k, v, lo, hi, scale):
     keys, size = _key_tiles(k)
     values, _ = _key_tiles(v)
 
@@ -118,8 +126,7 @@ def _forward(q, k, v, lo, hi, scale, longest):
     return (out, lse), (q, k, v, lo, hi, out, lse)
 
 
-def _backward(scale, longest, residuals, gradients):
-    del longest
+def _backward(scale, residuals, gradients):
     q, k, v, lo, hi, out, lse = residuals
     d_out, d_lse = gradients
     dtype = accumulation_dtype(q)
@@ -157,4 +164,4 @@ def _add_tile(x, tile, start):
     return jax.lax.dynamic_update_slice_in_dim(x, old + tile, start, axis=2)
 
 
-interval_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)

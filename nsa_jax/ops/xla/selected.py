@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from nsa_jax.ops.xla.common import (
     accumulation_dtype,
     finish_softmax,
+    gated,
     group_heads,
     join_axis,
     keep_seen,
@@ -28,7 +29,6 @@ from nsa_jax.ops.xla.common import (
 from nsa_jax.typing import Array, Float, Int
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def selected_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -37,10 +37,11 @@ def selected_attention(
     q_positions: Int[Array, "B T"],
     block_size: int,
     scale: float,
+    gate: Float[Array, "B T N"] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Attention of each query over the tokens of its blocks up to its own position.
 
-    Differentiable in q, k, v, through both results.
+    Differentiable in q, k, v and the gate, through both results.
 
     Args:
       q: queries.
@@ -50,11 +51,18 @@ def selected_attention(
       q_positions: int32, the position of each query among the keys.
       block_size: l', tokens a block; the last block may be shorter.
       scale: multiplies the scores.
+      gate: None, or [B, T, N] in float32 (float64 for float64 inputs): multiplies the outputs.
 
     Returns:
-      The outputs in q's dtype, exactly 0 on an empty row, and the natural logarithm of the
-      softmax's denominator in float32, -inf on an empty row.
+      The outputs in the dtype of q, or of the gate, exactly 0 on an empty row, and the natural
+      logarithm of the softmax's denominator in float32, -inf on an empty row.
     """
+    out, lse = _attention(q, k, v, block_indices, q_positions, block_size, scale)
+    return gated(out, gate), lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, block_indices, q_positions, block_size, scale):
     return _forward(q, k, v, block_indices, q_positions, block_size, scale)[0]
 
 
@@ -188,4 +196,4 @@ def _backward(block_size, scale, residuals, gradients):
     return dq, dk, dv, None, None
 
 
-selected_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
