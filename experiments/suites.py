@@ -229,7 +229,7 @@ _SELECTION_TEXT = Suite(
         "gpu": Scale(
             _TEXT_GPU | {"steps": 200},
             _selectors(979, 974),
-            10,
+            9,
         ),
     },
     **_SELECTION,
