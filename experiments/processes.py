@@ -23,7 +23,7 @@ def share(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> 
       workers: how many processes, at most one a job.
 
     Raises:
-      RunError: if a process was killed, or the device's memory did not suffice for all of them.
+      RunError: if a process was killed, or the device's memory did not suffice for all.
     """
     others = multiprocessing.active_children()
     spawn = multiprocessing.get_context("spawn")  # this process may hold a device already
@@ -51,8 +51,9 @@ def share(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> 
 def _want_of_memory(error: BaseException) -> str | None:
     if isinstance(error, BrokenProcessPool):
         return "a worker was killed, perhaps for want of memory"
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        return f"a worker had not enough of the device's memory ({error})"
+    said = str(error).replace("_", " ").lower()  # CUDA has names with underscores for it
+    if isinstance(error, jax.errors.JaxRuntimeError) and "out of memory" in said:
+        return f"a worker had not enough of the device's memory ({str(error).splitlines()[0]})"
     return None
 
 

@@ -50,7 +50,7 @@ def run_suite(
       ConfigError: if a configuration is wrong.
       ValueError: if there is no such variant.
       RunError: if a folder is in use or holds another run, a loss is not finite, a worker was
-        killed, or the device's memory did not suffice for all of them.
+        killed, or the device's memory did not suffice for all workers.
     """
     at: Scale = suite.scales[scale]
     names = list(at.variants) if only is None else only

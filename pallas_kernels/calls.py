@@ -32,31 +32,39 @@ def differentiable(forward, backward):
     Args:
       forward: from q, k, v and two integer arrays, which say what is attended, to (out, lse).
       backward: from all of these and the gradients of out and lse to those of q, k and v. Of lse
-        it reads exp(scores - lse), the probabilities, which are 0 where lse is infinite.
+        it reads exp(scores - lse), the probabilities, which are 0 where lse is infinite, of either
+        sign.
 
     Returns:
       A function of a gate and the arguments of `forward`, with its results. The gate is None, or
-      float32 [B, T, N] and at least 0, and multiplies out, which is float32 then. A negative gate
-      gives NaN for gradients; one of 0 stops the gradient of lse too.
+      float32 [B, T, N] and at least 0, and multiplies out, which is float32 then and whose gradient
+      is rounded to q's dtype. A negative gate gives NaN for gradients; one of 0, or below 2**-100,
+      stops the gradient of lse too.
     """
+
+    def results(gate, *arrays):
+        out, lse = batched(forward)(*arrays)
+        return _gated(out, gate), _mapped_with(gate, lse), out
 
     @jax.custom_vjp
     def attention(gate, *arrays):
-        out, lse = batched(forward)(*arrays)
-        return _gated(out, gate), lse
+        return results(gate, *arrays)[:2]
 
     def forward_rule(gate, *arrays):
-        out, lse = batched(forward)(*arrays)
-        return (_gated(out, gate), lse), (gate, *arrays, out, lse)
+        gated, lse, out = results(gate, *arrays)
+        return (gated, lse), (gate, *arrays, out, lse)
 
     def backward_rule(residuals, gradients):
         gate, *arrays, out, lse = residuals
         d_out, d_lse = gradients
         d_gate = None
         if gate is not None:
+            d_gate = (out.astype(gate.dtype) * d_out).sum(axis=-1)
+            if out.dtype == jnp.float16:  # in which probabilities times small gates are lost
+                d_out = _gated(d_out, gate)
+            else:
+                lse, d_lse = _gated_probabilities(lse, d_lse, gate)
             d_out = d_out.astype(out.dtype)
-            d_gate = (out.astype(gate.dtype) * d_out.astype(gate.dtype)).sum(axis=-1)
-            lse, d_lse = _gated_probabilities(lse, d_lse, gate)
         return d_gate, *batched(backward)(*arrays, out, lse, d_out, d_lse), None, None
 
     attention.defvjp(forward_rule, backward_rule)
@@ -67,6 +75,15 @@ def _gated(out, gate):
     return out if gate is None else gate[..., None] * out.astype(gate.dtype)
 
 
+def _mapped_with(gate, lse):
+    """lse, which vmap maps wherever it maps the gate.
+
+    A custom_vjp of which vmap maps some results alone gives their gradients, summed over the mapped
+    axis, to the backward pass of each of its elements, and sums what comes from it once more.
+    """
+    return lse if gate is None else jnp.where(gate == gate, lse, lse)
+
+
 def _gated_probabilities(lse, d_lse, gate):
     """lse, and its gradient, by which the backward pass without a gate makes that with one.
 
@@ -74,9 +91,9 @@ def _gated_probabilities(lse, d_lse, gate):
     that is the pass without a gate whose probabilities are p * gate = exp(score - (lse - log gate))
     and whose d_lse is d_lse / gate. So nothing of the size of d_out is ever multiplied by a gate.
     """
-    shut = gate == 0
+    shut = (gate >= 0) & (gate < 2.0**-100)  # below, d_lse / gate might overflow
     gate = jnp.where(shut, 1, gate)
-    return jnp.where(shut, jnp.inf, lse - jnp.log(gate)), jnp.where(shut, 0, d_lse / gate)
+    return jnp.where(shut, jnp.inf, lse - jnp.log(gate)), d_lse / gate
 
 
 def nothing_attended(q, v, gate):

@@ -53,7 +53,7 @@ def arrays():
 
 
 def gradients_of(function, *arrays):
-    """From random cotangents of out and lse, of which the second are 0 where a gate is."""
+    """From random cotangents of out and lse, of which the latter are 0 where a gate is 0."""
     (out, lse), pull = jax.vjp(function, *arrays)
     cotangents = normal(8, *out.shape).astype(out.dtype), normal(9, *lse.shape)
     shut = arrays[0] == 0
@@ -111,16 +111,51 @@ def test_a_negative_gate_gives_nan_and_no_wrong_gradient(arrays):
     assert np.isnan(dq[:, 1:]).all()
 
 
-def test_vmap_over_gates(arrays):
+def test_vmap_over_gates_alone(arrays):
+    """With the gradient inside and outside of vmap, through out and lse."""
     gates = jax.nn.sigmoid(normal(5, 3, 2, LENGTH, 2))
     attention = calls.differentiable(forward, backward)
 
-    def gradients(gate):
-        return jax.grad(lambda g, q: (attention(g, q, *arrays[1:])[0] ** 2).sum(), (0, 1))(
-            gate, arrays[0]
-        )
+    def loss(gate, q):
+        out, lse = attention(gate, q, *arrays[1:])
+        return (out**2).sum() + jnp.where(lse == -jnp.inf, 0, lse).sum()
 
-    expected = [gradients(gate) for gate in gates]
-    actual = jax.vmap(gradients)(gates)
-    for i, one in enumerate(expected):
-        chex.assert_trees_all_close([x[i] for x in actual], list(one), atol=1e-5, rtol=0)
+    each = [jax.grad(loss, (0, 1))(gate, arrays[0]) for gate in gates]
+    d_gate = jnp.stack([x for x, _ in each])
+    inside = jax.vmap(jax.grad(loss, (0, 1)), (0, None))(gates, arrays[0])
+    chex.assert_trees_all_close(
+        inside, (d_gate, jnp.stack([x for _, x in each])), atol=1e-5, rtol=0
+    )
+    outside = jax.grad(lambda *x: jax.vmap(loss, (0, None))(*x).sum(), (0, 1))(gates, arrays[0])
+    chex.assert_trees_all_close(outside, (d_gate, sum(x for _, x in each)), atol=1e-5, rtol=0)
+
+
+def test_a_small_gate_costs_float16_no_digits():
+    """A long row: its probabilities times the gate would be too small for float16."""
+    keys = 2048
+
+    def rounding_backward(q, k, v, lo, hi, out, lse, d_out, d_lse):
+        """Values meet probabilities of their own dtype, as they do in kernels."""
+        p = probabilities(q, k, lo, hi, lse).astype(v.dtype)
+        dv = jnp.einsum("bnts,btnv->bsnv", p, d_out, preferred_element_type=jnp.float32)
+        return jnp.zeros_like(q), jnp.zeros_like(k), dv.astype(v.dtype)
+
+    def rounding_forward(q, k, v, lo, hi):
+        out, lse = forward(q, k, v, lo, hi)
+        return out.astype(v.dtype), lse
+
+    q, k, v = (
+        normal(i, 1, n, 1, FEATURES).astype(jnp.float16) for i, n in ((0, 4), (1, keys), (2, keys))
+    )
+    lo, hi = jnp.zeros((1, 4), jnp.int32), jnp.full((1, 4), keys)
+    d_out = 1024 * normal(7, 1, 4, 1, FEATURES)
+    attention = calls.differentiable(rounding_forward, rounding_backward)
+
+    def dv(gate):
+        gate = jnp.full((1, 4, 1), gate)
+        _, pull = jax.vjp(lambda v: attention(gate, q, k, v, lo, hi)[0], v)
+        return np.asarray(pull(d_out)[0], np.float32)
+
+    expected = dv(1.0)
+    error = np.linalg.norm(dv(2.0**-11) * 2**11 - expected) / np.linalg.norm(expected)
+    assert error < 1e-3  # 11 bits

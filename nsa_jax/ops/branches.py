@@ -5,9 +5,10 @@ kernel operation. Every function here takes:
 
     scale             a Python number that multiplies the scores; 1 / sqrt(H) by default
     gate              [B, T, N], at least 0, which multiplies a branch's outputs; they are float32
-                      then, ready to be summed. The gradients cost less than with a product outside.
-                      A negative gate may give NaN for them, one of 0 stops that of lse too. None,
-                      the default, leaves the outputs as they are.
+                      then, ready to be summed, whatever q's dtype. The gradients cost less than
+                      those of a product outside. A kernel may give NaN gradients for a negative
+                      gate, and no gradient by way of lse where the gate is 0, and rounds the
+                      gradient of the outputs to q's dtype. None, the default, is no gate.
     q_positions       int32 [B, T], the position of each query among the keys; 0, 1, ... by default,
                       which is right where queries and keys are of the same tokens. They do not
                       decrease along a row, and none is behind the last token; a chunk of queries
@@ -290,8 +291,8 @@ def _positions(q, q_positions, document_starts):
 def _gate(operation, q, gate):
     if gate is None:
         return None
-    if gate.shape != q.shape[:3]:
-        raise ValueError(f"{operation}: gate {gate.shape} must be [B, T, N] = {q.shape[:3]}")
+    if jnp.shape(gate) != q.shape[:3]:
+        raise ValueError(f"{operation}: gate {jnp.shape(gate)} must be [B, T, N] = {q.shape[:3]}")
     return gate.astype(accumulation_dtype(q))
 
 

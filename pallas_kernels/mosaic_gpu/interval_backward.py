@@ -87,7 +87,7 @@ def _interval_dq(
         def gradient(p, dp, first_key):
             ds = p * (dp - by_row(row_delta, p.shape))
             if first_key is not None:
-                ds = jnp.where(p > 0, ds, 0.0)  # of a value that nobody sees it may be NaN
+                ds = jnp.where(p == 0, 0.0, ds)  # of a value that nobody sees it may be NaN
             return ds.astype(q.dtype)
 
         def add(n, acc, ds):
@@ -214,7 +214,7 @@ def _interval_dkv(
             if with_dk:
                 ds = p * (dp - by_column(of_rows(numbers_smem, 1), p.shape))
                 if masked:
-                    ds = jnp.where(p > 0, ds, 0.0)  # of a value that nobody sees it may be NaN
+                    ds = jnp.where(p == 0, 0.0, ds)  # of a value that nobody sees it may be NaN
                 dk_tile = accumulate(dk_tile, ds.astype(q.dtype), q_rows)
             plgpu.commit_smem()  # before copies overwrite the numbers that were read
             plgpu.barrier_arrive(rows_free.at[slot])

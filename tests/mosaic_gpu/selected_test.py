@@ -175,34 +175,39 @@ def test_huge_scores_that_grow_by_a_few_roundings():
 
 def test_a_gate():
     """One that shuts some queries."""
-    q, k, v = random_arrays(1, 9, 200, 1, 8, 64, 64)
+    q, k, v = random_arrays(1, 9, 200, 1, 8, 64, 64, jnp.bfloat16)
     where = (random_blocks(1, 9, 1, 4), positions_from(130, 1, 9), 64, 0.3)
-    gate = jax.nn.sigmoid(normal(5, (1, 9, 8), jnp.float32)).at[:, ::3].set(0)
+    gate = jax.nn.sigmoid(normal(5, (1, 9, 8))).at[:, ::3].set(0)
 
     def gated(gate, *x):
-        return selected_attention(*x, *where, gate=gate)[0]
+        out, lse = selected_attention(*x, *where, gate=gate)
+        return out, jnp.where((gate == 0) | (lse == -jnp.inf), 0, lse)
 
     def product(gate, *x):
-        return gate[..., None] * oracle(*x, *where)[0]
+        out, lse = oracle(*x, *where)
+        return gate[..., None] * out, jnp.where((gate == 0) | (lse == -jnp.inf), 0, lse)
 
-    def gradients(function, *arrays):
-        out, pull = jax.vjp(function, *arrays)
-        return out, *pull(normal(98, out.shape, q.dtype).astype(out.dtype))
+    def results(function, *arrays):
+        (out, lse), pull = jax.vjp(function, *arrays)
+        d_out = normal(98, out.shape).astype(q.dtype).astype(out.dtype)
+        return out, lse, *pull((d_out, normal(99, lse.shape)))
 
     with interpreted():
-        run = jax.jit(functools.partial(gradients, gated))
+        run = jax.jit(functools.partial(results, gated))
         actual = jax.block_until_ready(run(gate, q, k, v))
-    expected = gradients(product, gate, *(x.astype(jnp.float32) for x in (q, k, v)))
+    expected = results(product, gate, *(x.astype(jnp.float32) for x in (q, k, v)))
     for x, y in zip(actual, expected, strict=True):
-        assert jnp.isfinite(x).all()
         # As in `assert_close`.
-        np.testing.assert_allclose(x, y, atol=4e-3 * max(np.abs(y).max(), 1), rtol=0)
-    assert (actual[2][:, ::3] == 0).all()
+        x = np.asarray(x, np.float32)
+        np.testing.assert_allclose(x, y, atol=3e-2 * max(np.abs(y).max(), 1), rtol=0)
+    assert (actual[3][:, ::3] == 0).all()
 
 
 def test_no_keys():
     q, k, v = random_arrays(1, 3, 0, 1, 8, 64, 128)
     blocks = jnp.full((1, 3, 1, 2), -1, jnp.int32)
+    where, gate = (blocks, positions_from(0, 1, 3), 64, 0.3), jnp.ones((1, 3, 8))
+    assert selected_attention(q, k, v, *where, gate=gate)[0].dtype == jnp.float32
     out, lse, *gradients = value_and_gradients(
         lambda *x: selected_attention(*x, blocks, positions_from(0, 1, 3), 64, 0.3), q, k, v
     )

@@ -385,6 +385,43 @@ def test_lse_is_differentiable(implementation):
     assert bool(jnp.isfinite(dk).all())
 
 
+def test_values_mapped_alone():
+    """vmap over values, of which lse knows nothing, and the gradient through both outside of it."""
+    arrays = random_inputs(RAGGED)
+    q, (k, v), blocks = arrays["q"], arrays["selected"], attend(arrays, RAGGED, "xla")[1]
+    many = jnp.stack([v, 2 * v])
+
+    def losses(attention, q, k):
+        def loss(v):
+            out, lse = attention(q, k, v)
+            return (out**2).sum() + lse.sum()
+
+        return loss
+
+    where = {"config": RAGGED.nsa, "implementation": "xla"}
+    for attention in (
+        functools.partial(sliding_window_attention, **where),
+        lambda *x: selected_attention(*x, blocks, **where),
+    ):
+        mapped, one_by_one = (
+            jax.grad(lambda q, k, every=every, f=attention: every(losses(f, q, k)).sum(), (0, 1))(
+                q, k
+            )
+            for every in (
+                lambda loss: jax.vmap(loss)(many),
+                lambda loss: jnp.stack([loss(x) for x in many]),
+            )
+        )
+        chex.assert_trees_all_close(mapped, one_by_one, atol=ATOL)
+
+
+@pytest.mark.parametrize("gate", [0.5, jnp.ones((2, 197))])
+def test_a_gate_of_another_shape_is_refused(gate):
+    arrays = random_inputs(RAGGED)
+    with pytest.raises(ValueError, match=r"gate \(.*\) must be \[B, T, N\] = \(2, 197, 4\)"):
+        sliding_window_attention(arrays["q"], *arrays["window"], config=RAGGED.nsa, gate=gate)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

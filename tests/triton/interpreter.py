@@ -162,15 +162,16 @@ def value_and_gradients(attention, q, k, v):
 
 
 def gated_value_and_gradients(attention, gate, q, k, v):
-    """out, and the gradients of the gate, q, k and v, of a function of these four that gives out.
+    """out, and the gradients of the gate, q, k and v, of a function of these four to out and lse.
 
-    The cotangents fit into q's dtype, as those of a model in it do.
+    lse has a gradient where the gate is not 0 and the row not empty.
     """
 
     @jax.jit
     def run(*arrays):
-        out, pull = jax.vjp(attention, *arrays)
-        return out, *pull(normal(98, out.shape, jnp.float16).astype(out.dtype))
+        (out, lse), pull = jax.vjp(attention, *arrays)
+        d_lse = jnp.where((gate == 0) | (lse == -jnp.inf), 0, normal(99, lse.shape))
+        return out, *pull((normal(98, out.shape), d_lse))
 
     return run(gate, q, k, v)
 

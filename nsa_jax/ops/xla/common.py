@@ -109,6 +109,16 @@ def gated(out: Array, gate: Array | None) -> Array:
     return out if gate is None else gate[..., None] * out.astype(gate.dtype)
 
 
+def mapped_with(out: Array, lse: Array) -> Array:
+    """lse, which vmap maps wherever it maps the outputs, so where it maps the values alone.
+
+    A custom_vjp of which vmap maps some results alone gives their gradients, summed over the mapped
+    axis, to the backward pass of each of its elements, and sums what comes from it once more.
+    """
+    first = out[..., 0]
+    return jnp.where(first == first, lse, lse)
+
+
 def softmax_delta(out: Array, d_out: Array, d_lse: Array) -> Array:
     """What the gradient of each score of a row subtracts; it also carries what comes by lse."""
     dtype = accumulation_dtype(out)
