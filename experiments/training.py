@@ -1,8 +1,8 @@
 """One variant of a suite with all its seeds: the same compiled update for each of them.
 
 The seeds are trained one after another. A seed's numbers are then those of its own run to the bit,
-whichever others are still to be done. Together, by vmap, an update of three took 1.1 to 1.6 times as
-long as three updates on two CPU cores, and 0.7 (recall) to 0.9 times (text) on an H100 that had
+whichever others are still to be done. Together, by vmap, an update of three took 1.1 to 1.6 times
+as long as three updates on two CPU cores, and 0.7 (recall) to 0.9 times (text) on an H100 that had
 nothing else to do. --workers share a device among the variants instead, and change no number.
 """
 
