@@ -3,6 +3,9 @@
 "cudnn"  cuDNN's FlashAttention, on NVIDIA GPUs since Ampere
 "xla"    portable, with an array of T x T scores a head
 "auto"   cudnn where it can run, else xla
+
+Under vmap, JAX 0.11.2 cannot give cuDNN a mask ("cannot reshape array"): with documents, or with
+positions of several queries, fold the mapped axis into the batch, or ask for "xla".
 """
 
 import jax
