@@ -25,7 +25,8 @@ from nsa_jax.ops import branches, dense, dispatch
 from nsa_jax.training import environment
 from tests.arg_specs import ArgSpec, random_inputs
 
-SAMPLE_SECONDS = 0.03  # a sample is as many runs in a row as take this long
+#: A sample is as many runs in a row as take this long: one alone pays for its launch and the wait.
+SAMPLE_SECONDS = 0.1
 ENOUGH_SECONDS = 2.0  # of samples; fewer than asked for are taken once they took as much
 LEAST_SAMPLES = 3
 
