@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.selectors.base import attention_probabilities, block_mass
+from experiments.selectors.base import full_attention_mass
 from experiments.training import Trained
 from nsa_jax import determinism
 from nsa_jax.config import BRANCHES
@@ -140,8 +140,8 @@ def _chosen(model, params, batch):
 
     def mass_in(layer):
         chosen, q, k = layer
-        p = attention_probabilities(q, k, batch["document_starts"])
-        share = block_mass(p, size) / p.shape[3]
+        mass = full_attention_mass(q, k, batch["document_starts"], size)
+        share = mass / (q.shape[2] // k.shape[2])
         inside = jnp.take_along_axis(share, jnp.maximum(chosen, 0), axis=-1)
         return jnp.where(chosen >= 0, inside, 0.0).sum(axis=-1).mean(axis=-1)
 

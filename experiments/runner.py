@@ -17,7 +17,10 @@ from nsa_jax.training import workdir as workdir_lib
 from nsa_jax.training.setup import explain_attention
 from nsa_jax.training.workdir import Workdir
 
-_HARDWARE = {"cpu": "two quiet cores and --workers=2", "gpu": "one H100 and --workers=4"}
+_HARDWARE = {
+    "cpu": "two quiet cores and --workers=2",
+    "gpu": "one H100 and --workers=4 (estimates, but for selection_text)",
+}
 
 
 def run_suite(

@@ -43,8 +43,7 @@ class Scale:
     Attributes:
       base: dotted keys of configs/default.py with the values that all variants share.
       variants: by name, in the order of tables and figures.
-      minutes: that three seeds take, with two workers on two quiet cores, or on one H100 with
-        four, where what is not said in RESULTS.md to be measured is an estimate from above.
+      minutes: that three seeds take, with two workers on two quiet cores, or with four on one H100.
     """
 
     base: Mapping[str, Any]

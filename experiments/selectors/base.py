@@ -115,8 +115,8 @@ def full_attention_mass(
 ) -> Float[Array, "B T K blocks"]:
     """The attention that each block would get from full attention, summed over a group's heads.
 
-    A teacher: no gradient flows through it. One row after another, for there are T x T numbers of
-    each head: of 16 rows of 2048 tokens at once they were what filled a GPU.
+    For teachers and measures: no gradient flows through it. One row after another, for there are
+    T x T numbers of each head: of 16 rows of 2048 tokens at once they were what filled a GPU.
     """
 
     def row(arrays):
