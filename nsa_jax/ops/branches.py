@@ -60,8 +60,8 @@ def compressed_attention(
       implementation: by name, or "auto".
 
     Returns:
-      The outputs in q's dtype, exactly 0 where no block is complete, and the natural logarithm of
-      the softmax's denominators in float32, -inf there.
+      The outputs in q's dtype, or gated in float32, exactly 0 where no block is complete,
+      and the natural logarithm of the softmax's denominators in float32, -inf there.
     """
     check_shapes("compressed_attention", q, k, v, q_positions, document_starts)
     gate = _gate("compressed_attention", q, gate)
@@ -165,8 +165,8 @@ def selected_attention(
       implementation: by name, or "auto".
 
     Returns:
-      The outputs in q's dtype, exactly 0 where no token may be seen, and the natural logarithm of
-      the softmax's denominators in float32, -inf there.
+      The outputs in q's dtype, or gated in float32, exactly 0 where no token may be seen,
+      and the natural logarithm of the softmax's denominators in float32, -inf there.
     """
     check_shapes("selected_attention", q, k, v, q_positions)
     gate = _gate("selected_attention", q, gate)
@@ -222,16 +222,15 @@ def sliding_window_attention(
       implementation: by name, or "auto".
 
     Returns:
-      The outputs in q's dtype, and the natural logarithm of the softmax's denominators in float32.
+      The outputs in q's dtype, or gated in float32, and the natural logarithm of the softmax's
+      denominators in float32.
     """
     check_shapes("sliding_window_attention", q, k, v, q_positions, document_starts)
     gate = _gate("sliding_window_attention", q, gate)
     if implementation == "reference":
         where = {"q_positions": q_positions, "document_starts": document_starts}
-        size = config.window_size
-        out, lse = reference.sliding_window_attention(
-            q, k, v, window_size=size, scale=scale, **where
-        )
+        where |= {"window_size": config.window_size}
+        out, lse = reference.sliding_window_attention(q, k, v, scale=scale, **where)
         return gated(out, gate), lse
     q_positions, document_starts = _positions(q, q_positions, document_starts)
     lo = jnp.maximum(q_positions - config.window_size + 1, document_starts)

@@ -11,6 +11,7 @@ import pytest
 from nsa_jax.ops import reference
 from pallas_kernels.mosaic_gpu import interval_backward, launch, rows, tuning, walks
 from pallas_kernels.mosaic_gpu.interval import interval_attention
+from tests import gates
 from tests.mosaic_gpu.interpreter import interpreted
 
 # Steps of few keys, so that short sequences have many; dk and dv in the form that is not the
@@ -151,20 +152,12 @@ def test_vmap():
 def test_a_gate():
     """One that shuts some rows, others of which are empty, and some of which has no gradient."""
     lo, hi = rising_intervals(20, 40, 2)
-    gate = jax.nn.sigmoid(normal(5, 2, 20, 16, dtype=jnp.float32)).at[:, ::3].set(0)
     arrays = [x.astype(jnp.bfloat16) for x in random_arrays(2, 20, 40, 1, 16, 64, 64)]
-
-    def product(gate, *x):
-        out, lse = oracle(*x, lo, hi, 0.3)
-        return gate[..., None] * out, jnp.where((gate == 0) | (lse == -jnp.inf), 0, lse)
-
-    def gated(gate, *x):
-        out, lse = interval_attention(*x, lo, hi, 0.3, gate=gate)
-        return out, jnp.where((gate == 0) | (lse == -jnp.inf), 0, lse)
-
+    gate = gates.some_shut(arrays[0])
+    argument, product = gates.both_ways(interval_attention, oracle, lo, hi, 0.3)
     with tuning.override(**SMALL_STEPS), interpreted():
-        actual = jax.block_until_ready(value_and_gradients(gated, gate, *arrays))
-        negative = jax.block_until_ready(value_and_gradients(gated, gate - 1, *arrays))
+        actual = jax.block_until_ready(value_and_gradients(argument, gate, *arrays))
+        negative = jax.block_until_ready(value_and_gradients(argument, gate - 1, *arrays))
     expected = value_and_gradients(product, gate, *(x.astype(jnp.float32) for x in arrays))
     for x, y in zip(actual, expected, strict=True):
         x = np.asarray(x, np.float32)

@@ -1,6 +1,5 @@
 """selected_attention's Mosaic GPU kernels: interpreted on a CPU, and lowered for a GPU."""
 
-import functools
 import math
 
 import jax
@@ -12,6 +11,7 @@ from jax.experimental.mosaic.gpu.launch_context import LaunchContext
 from nsa_jax.ops import reference
 from pallas_kernels.mosaic_gpu import launch, lists, selected
 from pallas_kernels.mosaic_gpu.selected import selected_attention
+from tests import gates
 from tests.mosaic_gpu.interpreter import interpreted
 
 
@@ -47,23 +47,24 @@ def random_blocks(batch, num_queries, groups, num_blocks, num_selected=3):
     return jnp.asarray(np.where(dropped, -1, blocks), jnp.int32).at[:, 1].set(-1)
 
 
-def value_and_gradients(attention, q, k, v):
-    """out, lse, dq, dk and dv from random cotangents of both results."""
+def value_and_gradients(attention, *arrays):
+    """out, lse and the gradients of the arrays, of which v is the last, from random cotangents."""
 
     @jax.jit
-    def run(q, k, v):
-        (out, lse), pull = jax.vjp(attention, q, k, v)
-        d_out = normal(98, out.shape).astype(q.dtype).astype(out.dtype)
+    def run(*arrays):
+        (out, lse), pull = jax.vjp(attention, *arrays)
+        d_out = normal(98, out.shape).astype(arrays[-1].dtype).astype(out.dtype)
         return out, lse, *pull((d_out, normal(99, lse.shape)))
 
-    return jax.block_until_ready(run(q, k, v))
+    return jax.block_until_ready(run(*arrays))
 
 
 def assert_close(actual, expected, dtype):
     """Compares with the same in float32, by each one's scale."""
     # Inputs, probabilities and results are rounded to 11 bits of float16 or 8 of bfloat16.
     tolerance = {jnp.float16: 4e-3, jnp.bfloat16: 3e-2}[jnp.dtype(dtype).type]
-    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=False):
+    names = ("out", "lse", *(len(actual) - 5) * ("d_gate",), "dq", "dk", "dv")
+    for name, x, y in zip(names, actual, expected, strict=False):
         x, y = (np.asarray(value, np.float32) for value in (x, y))
         scale = max(np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max(initial=0.0), 1.0)
         np.testing.assert_allclose(x, y, atol=tolerance * scale, rtol=0, err_msg=name)
@@ -177,29 +178,12 @@ def test_a_gate():
     """One that shuts some queries."""
     q, k, v = random_arrays(1, 9, 200, 1, 8, 64, 64, jnp.bfloat16)
     where = (random_blocks(1, 9, 1, 4), positions_from(130, 1, 9), 64, 0.3)
-    gate = jax.nn.sigmoid(normal(5, (1, 9, 8))).at[:, ::3].set(0)
-
-    def gated(gate, *x):
-        out, lse = selected_attention(*x, *where, gate=gate)
-        return out, jnp.where((gate == 0) | (lse == -jnp.inf), 0, lse)
-
-    def product(gate, *x):
-        out, lse = oracle(*x, *where)
-        return gate[..., None] * out, jnp.where((gate == 0) | (lse == -jnp.inf), 0, lse)
-
-    def results(function, *arrays):
-        (out, lse), pull = jax.vjp(function, *arrays)
-        d_out = normal(98, out.shape).astype(q.dtype).astype(out.dtype)
-        return out, lse, *pull((d_out, normal(99, lse.shape)))
-
+    argument, product = gates.both_ways(selected_attention, oracle, *where)
+    gate = gates.some_shut(q)
     with interpreted():
-        run = jax.jit(functools.partial(results, gated))
-        actual = jax.block_until_ready(run(gate, q, k, v))
-    expected = results(product, gate, *(x.astype(jnp.float32) for x in (q, k, v)))
-    for x, y in zip(actual, expected, strict=True):
-        # As in `assert_close`.
-        x = np.asarray(x, np.float32)
-        np.testing.assert_allclose(x, y, atol=3e-2 * max(np.abs(y).max(), 1), rtol=0)
+        actual = value_and_gradients(argument, gate, q, k, v)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    assert_close(actual, value_and_gradients(product, gate, *wide), q.dtype)
     assert (actual[3][:, ::3] == 0).all()
 
 

@@ -147,40 +147,25 @@ def random_arrays(queries, keys, groups, group, head_dim, v_head_dim, dtype=jnp.
     )
 
 
-def value_and_gradients(attention, q, k, v):
-    """out, lse, dq, dk and dv of a function of q, k and v, from random cotangents of both."""
+def value_and_gradients(attention, *arrays):
+    """out, lse and the gradients of the arrays, of which v is the last, from random cotangents."""
 
     # One compilation is a fifth of the time that JAX would take operation by operation.
     @jax.jit
-    def run(q, k, v):
-        (out, lse), pull = jax.vjp(attention, q, k, v)
-        # In q's dtype first, so that they are the same whatever dtype the function returns.
-        d_out = normal(98, out.shape).astype(q.dtype).astype(out.dtype)
-        return out, lse, *pull((d_out, normal(99, lse.shape)))
-
-    return run(q, k, v)
-
-
-def gated_value_and_gradients(attention, gate, q, k, v):
-    """out, and the gradients of the gate, q, k and v, of a function of these four to out and lse.
-
-    lse has a gradient where the gate is not 0 and the row not empty.
-    """
-
-    @jax.jit
     def run(*arrays):
         (out, lse), pull = jax.vjp(attention, *arrays)
-        d_lse = jnp.where((gate == 0) | (lse == -jnp.inf), 0, normal(99, lse.shape))
-        return out, *pull((normal(98, out.shape), d_lse))
+        # In v's dtype first, so that they are the same whatever dtype the function returns.
+        d_out = normal(98, out.shape).astype(arrays[-1].dtype).astype(out.dtype)
+        return out, lse, *pull((d_out, normal(99, lse.shape)))
 
-    return run(gate, q, k, v)
+    return run(*arrays)
 
 
 def assert_close(actual, expected, dtype):
-    """Compares five results of one of these two with those in float32, by each one's scale."""
+    """Compares what `value_and_gradients` returns with the same in float32, by each one's scale."""
     # Sums in another order; in float16 inputs, probabilities and results are rounded to 11 bits.
     tolerance = {jnp.float32: 1e-5, jnp.float16: 4e-3}[jnp.dtype(dtype).type]
-    names = ("out", "lse or d_gate", "dq", "dk", "dv")
+    names = ("out", "lse", *(len(actual) - 5) * ("d_gate",), "dq", "dk", "dv")
     for name, x, y in zip(names, actual, expected, strict=True):
         x, y = (np.asarray(value, np.float32) for value in (x, y))
         scale = max(np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max(initial=0.0), 1.0)

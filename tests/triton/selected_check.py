@@ -12,13 +12,9 @@ import pytest
 from nsa_jax.ops import reference
 from pallas_kernels.triton import selected, tuning
 from pallas_kernels.triton.selected import selected_attention
+from tests import gates
 from tests.triton import interpreter
-from tests.triton.interpreter import (
-    assert_close,
-    gated_value_and_gradients,
-    random_arrays,
-    value_and_gradients,
-)
+from tests.triton.interpreter import assert_close, random_arrays, value_and_gradients
 
 KERNELS = ("selected_forward", "selected_dq", "selected_dkv")
 # The smallest tiles that tl.dot takes, and items of few queries: short sequences have many of both.
@@ -146,18 +142,12 @@ def test_a_gate():
     """One that shuts some queries."""
     q, k, v = random_arrays(15, 45, 2, 3, 24, 40)
     where = (random_blocks(15, 2, 4), positions_from(26, 15), 12, 0.3)
-    gate = jax.nn.sigmoid(interpreter.normal(5, q.shape[:3])).at[:, ::3].set(0)
-
-    def gated(gate, *x):
-        return selected_attention(*x, *where, gate=gate)
-
-    def product(gate, *x):
-        out, lse = oracle(*x, *where)
-        return gate[..., None] * out, lse
-
-    actual = gated_value_and_gradients(gated, gate, q, k, v)
-    assert_close(actual, gated_value_and_gradients(product, gate, q, k, v), q.dtype)
-    assert (actual[2][:, ::3] == 0).all()
+    arrays = gates.some_shut(q), q, k, v
+    actual, expected = (
+        value_and_gradients(f, *arrays) for f in gates.both_ways(selected_attention, oracle, *where)
+    )
+    assert_close(actual, expected, q.dtype)
+    assert (actual[3][:, ::3] == 0).all()
 
 
 @pytest.mark.parametrize("mapped", ["all", "q"])

@@ -101,22 +101,16 @@ def finish_softmax(carry, dtype) -> tuple[Array, Array]:
     maximum, total, out = carry
     some = total > 0
     lse = jnp.where(some, maximum + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+    # So that vmap over the values alone maps lse as well: a custom_vjp of which some results are
+    # mapped gives the gradients of the others, summed over the mapped axis, to the backward pass of
+    # each element, and sums what comes from it once more.
+    lse = jnp.where(out[..., 0] == out[..., 0], lse, lse)
     return (out / jnp.where(some, total, 1.0)[..., None]).astype(dtype), lse
 
 
 def gated(out: Array, gate: Array | None) -> Array:
     """The outputs [B, T, N, V] of a branch times its gate [B, T, N], in the gate's dtype."""
     return out if gate is None else gate[..., None] * out.astype(gate.dtype)
-
-
-def mapped_with(out: Array, lse: Array) -> Array:
-    """lse, which vmap maps wherever it maps the outputs, so where it maps the values alone.
-
-    A custom_vjp of which vmap maps some results alone gives their gradients, summed over the mapped
-    axis, to the backward pass of each of its elements, and sums what comes from it once more.
-    """
-    first = out[..., 0]
-    return jnp.where(first == first, lse, lse)
 
 
 def softmax_delta(out: Array, d_out: Array, d_lse: Array) -> Array:

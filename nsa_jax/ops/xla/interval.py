@@ -16,7 +16,6 @@ from nsa_jax.ops.xla.common import (
     group_heads,
     join_axis,
     keep_seen,
-    mapped_with,
     pad_axis,
     softmax_delta,
     softmax_gradients,
@@ -124,7 +123,6 @@ def _forward(q, k, v, lo, hi, scale):
     tiles = _query_tiles([q], lo, hi, k.shape[1], k.shape[2])
     _, (out, lse) = jax.lax.scan(query_tile, None, tiles)
     out, lse = _join_queries(out, q.shape[1]), _join_queries(lse, q.shape[1])
-    lse = mapped_with(out, lse)
     return (out, lse), (q, k, v, lo, hi, out, lse)
 
 

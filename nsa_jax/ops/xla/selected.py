@@ -19,7 +19,6 @@ from nsa_jax.ops.xla.common import (
     group_heads,
     join_axis,
     keep_seen,
-    mapped_with,
     softmax_delta,
     softmax_gradients,
     split_axis,
@@ -160,7 +159,6 @@ def _forward(q, k, v, block_indices, q_positions, block_size, scale):
 
     carry, _ = jax.lax.scan(key_block, start_softmax(q_rows, v.shape[-1]), blocks)
     out, lse = map(ungroup_heads, finish_softmax(carry, q.dtype))
-    lse = mapped_with(out, lse)
     return (out, lse), (q, k, v, block_indices, q_positions, out, lse)
 
 
