@@ -19,8 +19,8 @@ KERNELS: dict[str, dict[str, str]] = {
         "triton": "pallas_kernels.triton.interval:interval_attention",
     },
     "select_blocks": {
-        "triton": "pallas_kernels.triton.blocks:select_blocks",
         "mosaic_gpu": "pallas_kernels.mosaic_gpu.blocks:select_blocks",
+        "triton": "pallas_kernels.triton.blocks:select_blocks",
     },
     "selected_attention": {
         "mosaic_gpu": "pallas_kernels.mosaic_gpu.selected:selected_attention",

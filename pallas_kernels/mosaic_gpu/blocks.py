@@ -21,7 +21,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu import launch
+from pallas_kernels.mosaic_gpu import launch, walks
 from pallas_kernels.mosaic_gpu.common import (
     LOG2E,
     OF_COLUMNS,
@@ -29,8 +29,9 @@ from pallas_kernels.mosaic_gpu.common import (
     TILE,
     TILE_ROWS,
     by_column,
+    divide,
     full,
-    product,
+    product_and,
     share_work,
     smem,
 )
@@ -91,7 +92,8 @@ class Blocks(NamedTuple):
 
 def _scores_shape(cut, num_blocks):
     """Of a tile, and one row more for what the last keys give to the block after theirs."""
-    return padded(num_blocks, rows_a_pass(TILE_ROWS)) + 1, cut.queries + cut.skew
+    rows = (padded(num_blocks, n) for n in (rows_a_pass(cut.queries, num_blocks), ROWS))
+    return max(rows) + 1, cut.queries + cut.skew
 
 
 def _columns_a_product(group, queries):
@@ -100,42 +102,20 @@ def _columns_a_product(group, queries):
     return heads * queries
 
 
-def _cut(group, head_dim, num_blocks):
-    """The largest cut that fits shared memory, or None."""
+def _cut(group, head_dim, num_blocks, number):
+    """The largest cut that fits shared memory beside `number` places a query, or None."""
     for warpgroups, queries, skew in itertools.product((2, 1), (32, 16, 8), (2, 0)):
         if queries > TILE_ROWS and queries * group > COLUMNS:
             continue
         cut = Cut(warpgroups, queries, skew, 0)
         scores = math.prod(_scores_shape(cut, num_blocks)) * 4
         columns = group * queries * head_dim * 2 + max(group * queries, LSE_COLUMNS) * 4
-        places = (launch.MOST_SELECTED + 1) * queries * 4
+        places = (padded(number, LANES) + 1) * queries * 4
         room = launch.SHARED_MEMORY - RESERVED - warpgroups * (scores + columns + places)
         stages = room // (ROWS * head_dim * 2)
         if stages >= 2:
             return cut._replace(stages=min(stages, MOST_STAGES))
     return None
-
-
-def _take_turn(turn):
-    """Waits for the other warpgroup: their products alternate, and so their exponentials."""
-    plgpu.barrier_arrive(turn)
-    plgpu.barrier_wait(turn)
-
-
-def _probabilities(q_tile, keys, lse, c, queries, in_turn):
-    """What the heads of each query give to one key of each block together: [64, queries]."""
-    products = lse.shape[0]
-    columns = q_tile.shape[0] // products
-    total = None
-    for i in range(products):
-        part = q_tile.at[pl.ds(i * columns, columns)]
-        scores = product(keys, part.transpose((1, 0)), in_turn)
-        lse2 = by_column(load(lse.at[i, pl.ds(0, columns)], OF_COLUMNS), scores.shape)
-        p = jnp.exp2(scores * c - plgpu.layout_cast(lse2, TILE))
-        heads = [p[:, j : j + queries] for j in range(0, columns, queries)]
-        total = functools.reduce(jnp.add, heads if total is None else [total, *heads])
-        in_turn()
-    return total
 
 
 def _walks(numbers, programs, number):
@@ -189,112 +169,153 @@ def _load_tile(q, lse, where, tile, q_smem, lse_smem, there):
     plgpu.copy_gmem_to_smem(lse.at[batch, kv_head, tile], lse_smem, there)
 
 
-def _stream(k, where, walk, k_smem, filled, freed):
-    """The memory warpgroup: keeps `stages` products' keys in shared memory."""
-    (begin, end), keys, stages = walk, k.shape[2], k_smem.shape[0]
-    products = (end - begin) * keys
-
-    @pl.loop(0, products)
-    def _(index):
-        slot = jax.lax.rem(index, stages)
-        block = pl.multiple_of((begin + jax.lax.div(index, keys)) * ROWS, ROWS)
-
-        @pl.when(index >= stages)
-        def _():
-            plgpu.barrier_wait(freed.at[slot])
-
-        source = k.at[*where, jax.lax.rem(index, keys), pl.ds(block, ROWS)]
-        plgpu.copy_gmem_to_smem(source, k_smem.at[slot], filled.at[slot])
-
-    # Every arrival is waited for, so that none comes when the program has ended.
-    @pl.loop(jnp.maximum(products - stages, 0), products)
-    def _(index):
-        plgpu.barrier_wait(freed.at[jax.lax.rem(index, stages)])
-
-
-def _score(scores, probabilities, walk, interval, blocks):
+def _score(scores, probabilities, walk, interval, blocks, parts, columns):
     """Equations 9 and 10, for 64 blocks a step.
 
     Args:
       scores: a `Scores` to fill.
-      probabilities: from the index of a product to what the heads of each query give to its keys.
+      probabilities: from the index of a product, and what to call while it is made, to the
+        probabilities, float32 [64, columns], and what that returned.
       walk: the first step and the end.
       interval: the first and the last visible key of each query, int32 [queries].
       blocks: their sizes.
+      parts: products of one key of each block with all columns of the tile.
+      columns: columns of one product.
     """
-    begin, end = walk
-    shape = ROWS, scores.ref.shape[1]
-    scores.begin(begin * ROWS)
+    (begin, end), a_step = walk, blocks.keys * parts
+    queries = scores.ref.shape[1]
+    shape = ROWS, queries
+    lo, hi = (plgpu.layout_cast(by_column(x, shape), TILE) for x in interval)
+    zero = full(shape, 0.0)
 
-    @pl.loop(begin, end)
-    def _(step):
-        lo, hi = (plgpu.layout_cast(by_column(x, shape), TILE) for x in interval)
-        own = following = full(shape, 0.0)
-        first_key = (step * ROWS + row_index(shape, TILE)) * blocks.keys
-        for n in range(blocks.keys):
-            p = probabilities((step - begin) * blocks.keys + n)
-            p = jnp.where((first_key + n >= lo) & (first_key + n < hi), p, 0.0)
-            weight = min(blocks.keys - n, blocks.covering)
-            own += p * float(weight)
-            following += p * float(blocks.covering - weight)
-        scores.add(pl.multiple_of(step * ROWS, ROWS), own, following)
+    def add(index, p, own, following):
+        """What the heads of each query give to one key of each block, and so to two blocks."""
+        step, rest = divide(index, a_step)
+        block, n = (begin + step) * ROWS, jax.lax.div(rest, parts)
+        heads = [p[:, i : i + queries] for i in range(0, columns, queries)]
+        key = (block + row_index(shape, TILE)) * blocks.keys + n
+        p = jnp.where(walks.seen(key, lo, hi), functools.reduce(jnp.add, heads), 0.0)
+        weight = jnp.minimum(blocks.keys - n, blocks.covering)
+        own += p * weight.astype(jnp.float32)
+        following += p * (blocks.covering - weight).astype(jnp.float32)
+
+        def write(own, following):
+            scores.add(pl.multiple_of(block, ROWS), own, following)
+            return zero, zero
+
+        last = (rest == a_step - 1) & (index >= 0)
+        return jax.lax.cond(last, write, lambda *x: x, own, following)
+
+    def product(index, state):
+        # The sums of the product before, at first of none: exponentials wait for their own alone.
+        p, sums = probabilities(index, lambda: add(index - 1, *state))
+        return p, *sums
+
+    scores.begin(begin * ROWS)
+    total = (end - begin) * a_step
+    nothing = full((ROWS, columns), 0.0), zero, zero
+    add(total - 1, *jax.lax.fori_loop(0, total, product, nothing))
 
 
 def _kernel(
-    q, k, lse, numbers, walks, out, scratch, *, cut, blocks, number, initial, local, c
+    q, k, lse, numbers, table, out, scratch, *, cut, blocks, number, initial, local, c
 ):  # fmt: skip
-    """Tiles of queries of one group, one of each warpgroup that computes."""
+    """Tiles of queries of one group, one of each warpgroup that computes.
+
+    The warpgroups take turns on the tensor cores: while one waits for its product, the other one
+    makes exponentials. Each program has several pairs of tiles, so that queries and keys of the
+    next one come while the best blocks of this one are sought.
+    """
     (q_smem, k_smem, lse_smem, scores_smem, flags, out_smem), barriers = scratch
     q_there, k_there, k_free, turn = barriers
-    warpgroup = jax.lax.axis_index("warpgroup")
-    programs, (groups, group) = walks.shape[1], q.shape[2:4]
-    index = jax.lax.axis_index("program")
-    rest, index = jax.lax.div(index, programs), programs - 1 - jax.lax.rem(index, programs)
-    where = jax.lax.div(rest, groups), jax.lax.rem(rest, groups)
-    walk = walks[where[0], index, 0], walks[where[0], index, 1]
+    warpgroup, work = jax.lax.axis_index("warpgroup"), walks.Work(table, k.shape[1])
+    q_tile, lse_tile, out_tile = (x.at[warpgroup] for x in (q_smem, lse_smem, out_smem))
+    parts = lse.shape[3]
+    columns = q_smem.shape[1] // parts
 
-    def compute():
-        tile = index * cut.warpgroups + warpgroup
-        q_tile, lse_tile, there = (x.at[warpgroup] for x in (q_smem, lse_smem, q_there))
-        _load_tile(q, lse, where, tile, q_tile, lse_tile, there)
+    def take_turn():
+        if cut.warpgroups > 1:
+            plgpu.barrier_wait(turn.at[warpgroup])
+
+    def give_turn():
+        if cut.warpgroups > 1:
+            plgpu.barrier_arrive(turn.at[1 - warpgroup])
+
+    def place(r):
+        batch, kv_head, index = work.place(r)
+        walk = table[batch, index, 0], table[batch, index, 1]
+        return (batch, kv_head), index * cut.warpgroups + warpgroup, walk
+
+    def load_queries(r):
+        where, tile, _ = place(r)
+        _load_tile(q, lse, where, tile, q_tile, lse_tile, q_there.at[warpgroup])
+
+    def compute(r, before):
+        where, tile, (begin, end) = place(r)
         mine = pl.ds(pl.multiple_of(tile * cut.queries, cut.queries), cut.queries)
         interval = [load(numbers.at[where[0], i, mine], OF_COLUMNS) for i in (0, 1)]
         first, own = (load(numbers.at[where[0], i, mine], OF_QUERIES) for i in (2, 3))
-        scores = Scores(scores_smem.at[warpgroup, :, pl.ds(0, cut.queries)], *walk)
-        in_turn = functools.partial(_take_turn, turn) if cut.warpgroups > 1 else lambda: None
+        scores = scores_smem.at[warpgroup, :, pl.ds(0, cut.queries)]
+        scores = Scores(scores, blocks.number, begin, end)
 
-        def probabilities(n):
-            slot = jax.lax.rem(n, cut.stages)
-            plgpu.barrier_wait(k_there.at[slot])
-            p = _probabilities(q_tile, k_smem.at[slot], lse_tile, c, cut.queries, in_turn)
-            plgpu.barrier_arrive(k_free.at[slot])
-            return p
+        def probabilities(index, meanwhile):
+            key, part = divide(index, parts)
+            slot = jax.lax.rem(before + key, cut.stages)
+            queries = q_tile.at[pl.ds(pl.multiple_of(part * columns, TILE_ROWS), columns)]
+            pl.when(part == 0)(lambda: plgpu.barrier_wait(k_there.at[slot]))
+            take_turn()
+            x, result = product_and(k_smem.at[slot], queries.transpose((1, 0)), meanwhile)
+            give_turn()
+            pl.when(part == parts - 1)(lambda: plgpu.barrier_arrive(k_free.at[slot]))
+            lse2 = by_column(load(lse_tile.at[part, pl.ds(0, columns)], OF_COLUMNS), x.shape)
+            return jnp.exp2(x * c - plgpu.layout_cast(lse2, TILE)), result
 
-        plgpu.barrier_wait(there)
-        pl.when(warpgroup == 1)(in_turn)
-        _score(scores, probabilities, walk, interval, blocks)
-        pl.when(warpgroup == 0)(in_turn)
-        scores.rank(first, own, number=blocks.number, initial=initial, local=local)
+        plgpu.barrier_wait(q_there.at[warpgroup])
+        _score(scores, probabilities, (begin, end), interval, blocks, parts, columns)
+        plgpu.commit_smem()  # every warp is done with the queries
+        pl.when(r + 1 < work.rounds)(lambda: load_queries(r + 1))
+        tops = scores.rank(first, own, initial=initial, local=local)
         candidates = jnp.minimum(own, blocks.number - 1) - first + 1
-        mean = group * blocks.covering / jnp.maximum(candidates, 1).astype(jnp.float32)
-        chosen = best(scores, number, candidates, mean, flags.at[warpgroup])
-        out_smem.at[warpgroup][...] = places(scores, chosen, number)
+        mean = q.shape[3] * blocks.covering / jnp.maximum(candidates, 1).astype(jnp.float32)
+        chosen = best(scores, tops, number, candidates, mean, flags.at[warpgroup])
+        result = places(scores, chosen, number)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
+        out_tile[...] = result
         plgpu.commit_smem()
-        result = out_smem.at[warpgroup, pl.ds(0, number)]
-        plgpu.copy_smem_to_gmem(result, out.at[*where, :, mine])
+        plgpu.copy_smem_to_gmem(out_tile.at[pl.ds(0, number)], out.at[*where, :, mine])
+        return before + (end - begin) * blocks.keys
+
+    def copy(r, before):
+        where, _, (begin, end) = place(r)
+
+        def fill(n, slot):
+            step, key = divide(n, blocks.keys)
+            rows = pl.ds(pl.multiple_of((begin + step) * ROWS, ROWS), ROWS)
+            plgpu.copy_gmem_to_smem(k.at[*where, key, rows], k_smem.at[slot], k_there.at[slot])
+
+        keys = (end - begin) * blocks.keys
+        walks.stream(keys, cut.stages, (k_free, fill), before=before)
+        return before + keys
+
+    def compute_all():
+        pl.when(warpgroup == 1)(give_turn)
+        load_queries(0)
+        jax.lax.fori_loop(0, work.rounds, compute, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+        pl.when(warpgroup == 0)(take_turn)  # the last one that the other one gave
 
-    def copy():
-        _stream(k, where, walk, k_smem, k_there, k_free)
+    def copy_all():
+        keys = jax.lax.fori_loop(0, work.rounds, copy, jnp.int32(0))
+        walks.drain(keys, cut.stages, k_free)
 
-    share_work(cut.warpgroups, compute, copy)
+    share_work(cut.warpgroups, compute_all, copy_all)
 
 
 def _select(q, k, lse, q_positions, document_starts, *, blocks, number, initial, local, scale):
     batch, num_queries, num_heads, head_dim = q.shape
     num_compressed, groups = k.shape[1:3]
     group = num_heads // groups
-    cut = _cut(group, head_dim, blocks.number)
+    cut = _cut(group, head_dim, blocks.number, number)
     programs = pl.cdiv(num_queries, cut.queries * cut.warpgroups)
     tiles = programs * cut.warpgroups
     numbers = _numbers(q_positions, document_starts, blocks, num_compressed, tiles * cut.queries)
@@ -323,11 +344,11 @@ def _select(q, k, lse, q_positions, document_starts, *, blocks, number, initial,
                     plgpu.Barrier(num_arrivals=group + 1, num_barriers=own),
                     plgpu.Barrier(num_barriers=cut.stages),
                     plgpu.Barrier(num_arrivals=own, num_barriers=cut.stages),
-                    plgpu.Barrier(num_arrivals=own),
+                    plgpu.Barrier(num_barriers=own),
                 ),
             )
         ],
-        grid=(batch * groups * programs,),
+        grid=(min(batch * groups * programs, launch.num_cores()),),
         grid_names=("program",),
         num_threads=own + 1,
         thread_name="warpgroup",
@@ -418,7 +439,7 @@ def refusal(operation: str, *args, **kwargs) -> str | None:
             f"not {blocks.keys}."
         )
     group, head_dim = q.shape[2] // k.shape[2], q.shape[3]
-    if _cut(group, head_dim, blocks.number) is None:
+    if _cut(group, head_dim, blocks.number, kwargs["num_selected_blocks"]) is None:
         return (
             f"mosaic_gpu's select_blocks has no room for {blocks.number} blocks beside "
             f"groups of {group} heads of {head_dim} features."

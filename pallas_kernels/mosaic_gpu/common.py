@@ -73,6 +73,11 @@ def full(shape, value, layout=TILE):
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
+def divide(x, by):
+    """The quotient and the remainder of int32 x."""
+    return jax.lax.div(x, by), jax.lax.rem(x, by)
+
+
 def by_row(x, shape):
     """A vector of rows as a matrix."""
     return jax.lax.broadcast_in_dim(x, shape, (0,))
@@ -94,11 +99,16 @@ def product(a, b, meanwhile=lambda: None):
     Returns:
       [M, N] float32 in registers.
     """
+    return product_and(a, b, meanwhile)[0]
+
+
+def product_and(a, b, meanwhile):
+    """The product as `product` makes it, and what `meanwhile` returns."""
 
     def run(acc):
         _begin(acc, a, b)
-        meanwhile()
-        return acc[...]
+        result = meanwhile()
+        return acc[...], result
 
     return pl.run_scoped(run, _accumulator(a, b))
 

@@ -1,8 +1,9 @@
 """Scores of selected blocks in shared memory, and the best of them for each query.
 
 The n-th largest score of a query is sought by bisection over the bits of a float32, for which it is
-enough to count. Then the chosen blocks become the bits of words, and each place of the result looks
-for its bit.
+enough to count: first the best few of each lane, which nearly always have it among them, and only
+if a lane may have more, or scores are equal, all of them. Then the chosen blocks become the bits of
+words, and each place of the result looks for its bit.
 """
 
 import functools
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic_gpu.common import ROWS, TILE, TILE_ROWS, by_column, full
 
 LANES = 32
-PASS = 2048  # scores that a pass over them takes at a time
+PASS = 1024  # scores that a pass over them takes at a time
 ROUNDS = 4  # of bisection between two looks at whether every query is done
+TOPS = 5  # scores of each lane that are counted first
 INFINITY = 0x7F800000  # the bits of float32's infinity
 FOUR_TIMES = 2 << 23  # what multiplies a float32 by 4, added to its bits
 
@@ -33,9 +35,10 @@ def padded(number, multiple):
     return pl.cdiv(number, multiple) * multiple
 
 
-def rows_a_pass(queries):
-    """How many blocks of a tile's queries a pass takes at a time."""
-    return max(PASS // queries, LANES)
+def rows_a_pass(queries, number):
+    """How many of so many blocks of a tile's queries a pass takes at a time."""
+    passes = pl.cdiv(number, max(PASS // queries, LANES))
+    return padded(pl.cdiv(number, passes), LANES)
 
 
 def row_index(shape, layout):
@@ -65,6 +68,15 @@ def _shifted_right(x, bits):
     return jax.lax.shift_right_logical(x, jnp.full_like(x, bits))
 
 
+def _inserted(tops, x):
+    """The largest of each element, of `tops` in descending order and x."""
+    result = []
+    for top in tops:
+        result.append(jnp.maximum(top, x))
+        x = jnp.minimum(top, x)
+    return tuple(result)
+
+
 def _ones(word):
     """How many bits of each word are set."""
     word = word - (_shifted_right(word, 1) & 0x55555555)
@@ -88,13 +100,15 @@ def _position(word, n):
 class Scores:
     """The scores of a tile in shared memory, [blocks, queries], those of steps `begin` to `end`.
 
-    All of them are read in passes, of `rows` blocks each.
+    All of them are read in passes, of `rows` blocks each, as far as there are blocks.
     """
 
-    def __init__(self, ref, begin, end):
+    def __init__(self, ref, number, begin, end):
         self.ref = ref
-        self.rows = rows_a_pass(ref.shape[1])
-        self.passes = jax.lax.div(begin * ROWS, self.rows), pl.cdiv(end * ROWS, self.rows)
+        self.number = number
+        self.rows = rows_a_pass(ref.shape[1], number)
+        end = jnp.minimum(end * ROWS, number)
+        self.passes = jax.lax.div(begin * ROWS, self.rows), pl.cdiv(end, self.rows)
 
     def begin(self, block):
         """No key has given anything yet to this block, which is that of the first step."""
@@ -111,18 +125,28 @@ class Scores:
         scores = load(self.ref.at[pl.ds(base, self.rows)], BY_QUERY)
         return base + row_index(scores.shape, BY_QUERY), scores
 
-    def rank(self, first, own, *, number, initial, local):
-        """Makes forced blocks infinite, and -1 what is no candidate."""
+    def rank(self, first, own, *, initial, local):
+        """Makes forced blocks infinite, and -1 what is no candidate.
 
-        @pl.loop(*self.passes)
-        def _(step):
-            block, scores = self.at(step)
+        Returns:
+          The TOPS best scores among the blocks of each lane, the best one first: [LANES, queries]
+          each.
+        """
+
+        def step(i, tops):
+            block, scores = self.at(i)
             first_, own_ = (_by_query(x, scores.shape) for x in (first, own))
             forced = (block < first_ + initial) | (block > own_ - local)
-            candidate = (block >= first_) & (block <= own_) & (block < number)
+            candidate = (block >= first_) & (block <= own_) & (block < self.number)
             scores = jnp.where(candidate, jnp.where(forced, jnp.inf, scores), -1.0)
-            base = pl.multiple_of(step * self.rows, self.rows)
+            base = pl.multiple_of(i * self.rows, self.rows)
             self.ref.at[pl.ds(base, self.rows)][...] = scores
+            for row in range(0, self.rows, LANES):
+                tops = _inserted(tops, scores[row : row + LANES])
+            return tops
+
+        lowest = full((LANES, self.ref.shape[1]), -1.0, BY_QUERY)
+        return jax.lax.fori_loop(*self.passes, step, (lowest,) * TOPS)
 
     def count(self, chosen):
         """How many blocks of each query are chosen, by a function of blocks and scores."""
@@ -132,6 +156,17 @@ class Scores:
 
         total = _zeros((self.rows, self.ref.shape[1]), BY_QUERY)
         return jax.lax.fori_loop(*self.passes, step, total).sum(axis=0)
+
+
+def _any(condition, flags):
+    """Whether a condition of each query holds for any, as one bool.
+
+    Args:
+      condition: bool [queries].
+      flags: shared memory for one number of each query.
+    """
+    flags[...] = jnp.where(condition, 1, 0)
+    return functools.reduce(jnp.bitwise_or, [flags[i] for i in range(flags.shape[0])]) > 0
 
 
 def _bisect(count, wanted, low, high, at_low, flags, guesses=()):
@@ -163,8 +198,7 @@ def _bisect(count, wanted, low, high, at_low, flags, guesses=()):
         return narrow(state, low + _shifted_right(high - low, 1))
 
     def is_busy(low, high, at_low):
-        flags[...] = jnp.where((at_low > wanted) & (high - low > 1), 1, 0)
-        return functools.reduce(jnp.bitwise_or, [flags[i] for i in range(flags.shape[0])]) > 0
+        return _any((at_low > wanted) & (high - low > 1), flags)
 
     def rounds(state):
         state = jax.lax.fori_loop(0, ROUNDS, halve, state[1:])
@@ -178,11 +212,12 @@ def _bisect(count, wanted, low, high, at_low, flags, guesses=()):
     return state[1], state[3]
 
 
-def best(scores, number, candidates, mean, flags):
+def best(scores, tops, number, candidates, mean, flags):
     """Which blocks are the `number` best.
 
     Args:
       scores: `Scores` after `rank`.
+      tops: what it returned.
       number: how many blocks to choose.
       candidates: how many there are to choose from, int32 [queries].
       mean: about what the mean of the scores is, float32 [queries].
@@ -193,18 +228,19 @@ def best(scores, number, candidates, mean, flags):
     """
     queries = scores.ref.shape[1]
     zero = _zeros((queries,), OF_QUERIES)
-
-    def at_least(bits):
-        shape = scores.rows, queries
-        return scores.count(lambda _, x: x >= _by_query(_to_float(bits), shape))
-
-    mean = jax.lax.bitcast_convert_type(mean, jnp.int32)
-    threshold, at_threshold = _bisect(
-        at_least, number, zero, zero + (INFINITY + 1), candidates, flags, (mean, mean + FOUR_TIMES)
-    )
+    beyond = zero + (INFINITY + 1)
     end = zero + scores.passes[1] * scores.rows
 
-    def without(excluded):
+    def reached(x, bits):
+        return x >= _by_query(_to_float(bits), x.shape)
+
+    def of_tops(bits):
+        return sum(jnp.where(reached(top, bits), 1, 0) for top in tops).sum(axis=0)
+
+    def of_all(bits):
+        return scores.count(lambda _, x: reached(x, bits))
+
+    def without(threshold, excluded):
         """Of blocks at the threshold, without those from block `end - excluded` on."""
 
         def chosen(block, x):
@@ -213,10 +249,24 @@ def best(scores, number, candidates, mean, flags):
 
         return chosen
 
-    excluded, _ = _bisect(
-        lambda excluded: scores.count(without(excluded)), number, zero, end + 1, at_threshold, flags
-    )
-    return without(excluded)
+    mean = jax.lax.bitcast_convert_type(mean, jnp.int32)
+    guesses = mean, mean + FOUR_TIMES
+    low, at_low = _bisect(of_tops, number, zero, beyond, candidates, flags, guesses)
+    # A lane of which the last one is counted may have more of them.
+    hidden = jnp.where(reached(tops[-1], low), 1, 0).sum(axis=0) > 0
+    doubtful = (candidates > number) & (hidden | (at_low > number))
+
+    def settle():
+        threshold, at_threshold = _bisect(
+            of_all, number, low, beyond, of_all(low), flags, (low + 1,)
+        )
+        excluded, _ = _bisect(
+            lambda excluded: scores.count(without(threshold, excluded)),
+            *(number, zero, end + 1, at_threshold, flags),
+        )
+        return threshold, excluded
+
+    return without(*jax.lax.cond(_any(doubtful, flags), settle, lambda: (low, zero)))
 
 
 def places(scores, chosen, number):

@@ -19,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import launch, warps
-from pallas_kernels.mosaic_gpu.common import OF_ROWS, ROWS, TILE, by_row, smem
+from pallas_kernels.mosaic_gpu.common import OF_ROWS, ROWS, TILE, by_row, divide, smem
 
 KEYS = 64  # keys of a step
 
@@ -274,11 +274,6 @@ class TileWalk(NamedTuple):
         for begin, end, whole in ((0, whole_steps, True), (whole_steps, steps, False)):
             carry = jax.lax.fori_loop(begin, end, partial(step, place=place, whole=whole), carry)
         return carry
-
-
-def divide(x, by):
-    """The quotient and the remainder of int32 x."""
-    return jax.lax.div(x, by), jax.lax.rem(x, by)
 
 
 def load_reached(source, stage, loaded, raw, last):

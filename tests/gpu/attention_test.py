@@ -276,11 +276,6 @@ def test_transforms_change_nothing(kernels, spec, dtype):
 
 def test_auto_takes_the_kernels_of_this_device():
     hopper = float(jax.devices()[0].compute_capability) == 9
-    attention = "mosaic_gpu" if hopper else "triton"
-    assert {
-        operation: entry["chosen"] for operation, entry in dispatch.explain("auto").items()
-    } == {
-        "interval_attention": attention,
-        "select_blocks": "triton",
-        "selected_attention": attention,
-    }
+    expected = dict.fromkeys(dispatch.OPERATIONS, "mosaic_gpu" if hopper else "triton")
+    record = dispatch.explain("auto")
+    assert {operation: entry["chosen"] for operation, entry in record.items()} == expected

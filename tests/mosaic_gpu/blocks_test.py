@@ -97,6 +97,27 @@ def test_several_products_of_many_heads():
     assert_agrees(*arguments(spec))
 
 
+@pytest.mark.parametrize("cores", [1, 3])
+def test_programs_take_several_tiles(monkeypatch, cores):
+    """Eight pairs of tiles, of two rows and groups: queries and keys of the next come early."""
+    monkeypatch.setattr(launch, "num_cores", lambda: cores)
+    spec = ArgSpec(2, 30, 4, 2, 64, 64, geometry(4, 2, 4, 3, 1, 1))
+    assert_agrees(*arguments(spec))
+
+
+def test_more_of_the_best_in_one_lane_than_are_counted_first():
+    """Blocks 32 apart are of one lane: eight of them are far better than all others."""
+    spec = ArgSpec(1, 1024, 2, 1, 64, 64, geometry(4, 4, 4, 10, 1, 1))
+    (q, k, _, *where), keywords = arguments(spec, queries=slice(1016, 1024))
+    q = jnp.abs(q)
+    best = np.arange(3, 256, 32)
+    k = (0.01 * k).at[:, best].set(1.0)
+    _, lse = xla.interval_attention(q, k, k, *visible(*where, spec.nsa), 0.5)
+    actual = assert_agrees((q, k, lse, *where), keywords)
+    assert len(best) > ranking.TOPS
+    assert actual[0, -1, 0].tolist() == [0, *best, 255]
+
+
 def test_nothing_compressed():
     spec = ArgSpec(1, 7, 2, 1, 64, 64, geometry(8, 4, 16, 5, 1, 2))
     assert assert_agrees(*arguments(spec)).tolist() == [[[[0, -1, -1, -1, -1]]] * 7]
