@@ -18,6 +18,7 @@ KERNELS: dict[str, dict[str, str]] = {
         "mosaic_gpu": "pallas_kernels.mosaic_gpu.interval:interval_attention",
         "triton": "pallas_kernels.triton.interval:interval_attention",
     },
+    "gated_sum": {"mosaic_gpu": "pallas_kernels.mosaic_gpu.interval:gated_sum"},
     "select_blocks": {
         "mosaic_gpu": "pallas_kernels.mosaic_gpu.blocks:select_blocks",
         "triton": "pallas_kernels.triton.blocks:select_blocks",

@@ -1,5 +1,8 @@
 """Native Sparse Attention: three branches, gated and summed (equation 5)."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from nsa_jax.config import NSAConfig
@@ -54,26 +57,60 @@ def native_sparse_attention(
     """
     q_compressed = q if q_compressed is None else q_compressed
     _check_branches(q, q_compressed, compressed, selected, window, gates, config)
-    where = {"config": config, "scale": scale, "q_positions": q_positions}
-    where |= {"implementation": implementation}
-    documents = {"document_starts": document_starts}
+    attend = functools.partial(_attend, config=config, scale=scale, implementation=implementation)
+    if branches.sums_in_one_kernel(q, *window, config=config, implementation=implementation):
+        attend = _with_derivatives_of(attend, functools.partial(attend, in_one_kernel=True))
+    where = q_positions, document_starts
+    return attend(q, q_compressed, compressed, selected, window, gates, *where, block_indices)
 
-    gates = jnp.moveaxis(gates, -1, 0)
+
+def _attend(
+    q,
+    q_compressed,
+    compressed,
+    selected,
+    window,
+    gates,
+    q_positions,
+    document_starts,
+    block_indices,
+    *,
+    config,
+    scale,
+    implementation,
+    in_one_kernel=False,
+):
+    """native_sparse_attention; `in_one_kernel`: the window and the sum, without derivatives."""
+    where = {"config": config, "scale": scale, "q_positions": q_positions}
+    documents = {"document_starts": document_starts}
+    by = {"implementation": implementation}
+    gate = (None,) * 3 if in_one_kernel else jnp.moveaxis(gates, -1, 0)
+
     out_compressed, lse = branches.compressed_attention(
-        q_compressed, *compressed, gate=gates[0], **where, **documents
+        q_compressed, *compressed, gate=gate[0], **where, **documents, **by
     )
     if block_indices is None:
         block_indices = branches.select_blocks(
-            q_compressed, compressed[0], lse, **where, **documents
+            q_compressed, compressed[0], lse, **where, **documents, **by
         )
     out_selected, _ = branches.selected_attention(
-        q, *selected, block_indices, gate=gates[1], **where
+        q, *selected, block_indices, gate=gate[1], **where, **by
     )
+    if in_one_kernel:
+        others = out_compressed, out_selected
+        out = branches.window_and_sum(q, *window, others, gates, **where, **documents)
+        return out, block_indices
     out_window, _ = branches.sliding_window_attention(
-        q, *window, gate=gates[2], **where, **documents
+        q, *window, gate=gate[2], **where, **documents, **by
     )
-    out = out_compressed + out_selected + out_window
-    return out.astype(q.dtype), block_indices
+    return (out_compressed + out_selected + out_window).astype(q.dtype), block_indices
+
+
+def _with_derivatives_of(function, quick):
+    """`quick`, and where derivatives are wanted `function`, which returns the same."""
+    quick = jax.custom_vjp(quick)
+    quick.defvjp(lambda *args: jax.vjp(function, *args), lambda pull, gradients: pull(gradients))
+    return quick
 
 
 def _check_branches(q, q_compressed, compressed, selected, window, gates, config):

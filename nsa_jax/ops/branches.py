@@ -232,17 +232,66 @@ def sliding_window_attention(
         where |= {"window_size": config.window_size}
         out, lse = reference.sliding_window_attention(q, k, v, scale=scale, **where)
         return gated(out, gate), lse
-    q_positions, document_starts = _positions(q, q_positions, document_starts)
-    lo = jnp.maximum(q_positions - config.window_size + 1, document_starts)
-    hi = q_positions + 1
     return dispatch.run(
         "interval_attention",
         implementation,
-        *(q, k, v, lo, hi),
+        *(q, k, v, *_window(q, config, q_positions, document_starts)),
         scale=_scale(q, scale),
         longest=config.window_size,
         gate=gate,
     )
+
+
+def window_and_sum(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    others: tuple[Float[Array, "B T N V"], Float[Array, "B T N V"]],
+    gates: Float[Array, "B T N 3"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    document_starts: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N V"]:
+    """The sliding window's outputs and those of the other branches, gated and summed (equation 5).
+
+    One kernel, which spares the window's outputs a way through memory and the sum one of its two
+    over the others'. It has no derivatives, and runs where `sums_in_one_kernel` says so.
+
+    Args:
+      q, k, v: as of `sliding_window_attention`.
+      others: the outputs of the compressed and of the selected branch, without a gate.
+      gates: of the branches in the order compressed, selected, window.
+      config: gives w.
+      scale, q_positions, document_starts: see the module's docstring.
+
+    Returns:
+      The sum, in q's dtype.
+    """
+    return dispatch.run(
+        "gated_sum",
+        "mosaic_gpu",
+        *(q, k, v, *_window(q, config, q_positions, document_starts)),
+        others=others,
+        gates=gates.astype(jnp.float32),
+        scale=_scale(q, scale),
+        longest=config.window_size,
+    )
+
+
+def sums_in_one_kernel(q, k, v, *, config: NSAConfig, implementation: str) -> bool:
+    """Whether `window_and_sum` can run a call that an implementation was asked for."""
+    if implementation not in ("auto", "mosaic_gpu"):
+        return False
+    longest = config.window_size
+    return dispatch.refusal("gated_sum", "mosaic_gpu", q, k, v, longest=longest) is None
+
+
+def _window(q, config, q_positions, document_starts):
+    """The first key that each query sees through the window, and the end."""
+    q_positions, document_starts = _positions(q, q_positions, document_starts)
+    return jnp.maximum(q_positions - config.window_size + 1, document_starts), q_positions + 1
 
 
 def check_shapes(operation, q, k, v=None, q_positions=None, document_starts=None) -> None:

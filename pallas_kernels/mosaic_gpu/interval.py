@@ -20,6 +20,7 @@ from pallas_kernels.mosaic_gpu.common import (
     LOG2E,
     OF_ROWS,
     ROWS,
+    TILE,
     accumulate,
     by_row,
     full,
@@ -30,8 +31,10 @@ from pallas_kernels.mosaic_gpu.common import (
     smem,
 )
 from pallas_kernels.mosaic_gpu.interval_backward import backward
-from pallas_kernels.mosaic_gpu.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
 from pallas_kernels.mosaic_gpu.walks import COMPUTE
+
+#: Bytes of shared memory for barriers and what Pallas itself takes.
+RESERVED = 2048
 
 
 def _softmax(scores, maximum, total, c, masked):
@@ -56,7 +59,7 @@ def _columns(parts):
     )
 
 
-def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, c):
+def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
     """Two tiles of rows at a time, whose warpgroups take turns on the tensor cores.
 
     In its turn, a warpgroup issues the product of queries and keys of a step and, right behind it,
@@ -66,9 +69,13 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, c):
 
     Both warpgroups have as many turns in a walk as it has steps: the first step takes none, since
     nothing is behind its product, and the last product with values has one of its own.
+
+    `rest` begins with two other outputs and the gates of all three for `gated_sum`. They come into
+    memory that the walk needs no longer, or not at all: the first one in place of the output.
     """
-    q_smem, k_smem, v_smem, out_smem, *barriers = scratch
-    q_there, k_there, v_there, q_free, k_free, v_free, turn = barriers
+    *onto, out, lse, scratch = rest
+    q_smem, k_smem, v_smem, out_smem, other_smem, *barriers = scratch
+    q_there, k_there, v_there, q_free, k_free, v_free, turn, onto_there = barriers
     columns, v_head_dim = _columns(q_smem), v.shape[3]
     size, stages, q_stages = cut.keys, cut.stages, cut.row_stages
     warpgroup, work = jax.lax.axis_index("warpgroup"), walks.Work(table, k.shape[2])
@@ -92,7 +99,23 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, c):
         row_lo, row_hi = (
             plgpu.load(x.at[batch, tile], layout=OF_ROWS, optimized=False) for x in (lo, hi)
         )
+        buffer = q_rows[0] if out_smem is None else out_smem.at[warpgroup]
         plgpu.barrier_wait(q_there.at[q_slot])
+
+        def load_other(i, place):
+            rows.load(onto[i], place, onto_there.at[warpgroup], batch, kv_head, tile)
+
+        def gated_sum(result):
+            mine, *gates = (
+                plgpu.load(onto[2].at[i, batch, kv_head, tile], layout=OF_ROWS, optimized=False)
+                for i in (2, 0, 1)
+            )
+            result *= by_row(mine, result.shape)
+            plgpu.barrier_wait(onto_there.at[warpgroup])
+            for gate, place in zip(gates, (buffer, other_smem.at[warpgroup]), strict=True):
+                other = plgpu.load(place, layout=TILE, optimized=False).astype(jnp.float32)
+                result += other * by_row(gate, result.shape)
+            return result
 
         def slot(n):
             return jax.lax.rem(before + n, stages)
@@ -136,6 +159,8 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, c):
         def release_last_queries():
             if q_stages > 1:
                 pl.when(r > 0)(lambda: release_queries(r - 1))
+            if onto:
+                load_other(1, other_smem.at[warpgroup])
 
         none, zero = (full((ROWS,), x, OF_ROWS) for x in (-jnp.inf, 0.0))
         scores = product(*queries_and_keys(0), release_last_queries)
@@ -148,6 +173,9 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, c):
             tail_key = walk.first + steps * size
             acc, p, *softmax = step(steps, (acc, p, *softmax), tail_key, cut.tail)
             steps += 1
+        if onto:
+            plgpu.commit_smem()  # every warp is done with the queries
+            load_other(0, buffer)
         take_turn()
         acc = accumulate(acc, p, values(steps - 1, p))
         give_turn()
@@ -156,8 +184,10 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, c):
         maximum, denominator = softmax
         some = denominator > 0
         denominator = jnp.where(some, denominator, 1.0)
-        buffer = q_rows[0] if out_smem is None else out_smem.at[warpgroup]
-        buffer[...] = (acc * by_row(1 / denominator, acc.shape)).astype(out.dtype)
+        result = acc * by_row(1 / denominator, acc.shape)
+        if onto:
+            result = gated_sum(result)
+        buffer[...] = result.astype(out.dtype)
         plgpu.commit_smem()
         row_lse = jnp.where(some, maximum * LN2 + jnp.log(denominator), -jnp.inf)
         lse[batch, kv_head, tile, :] = row_lse
@@ -207,7 +237,7 @@ def _interval_forward(q, k, v, table, lo, hi, out, lse, scratch, *, cut, c):
     share_work(COMPUTE, compute_all, copy_all)
 
 
-def _forward(q, k, v, lo, hi, *, scale, longest):
+def _forward(q, k, v, lo, hi, *onto, scale, longest):
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, v_head_dim = v.shape[1:]
     group = num_heads // num_kv_heads
@@ -227,6 +257,7 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
         padded_keys(walks.keep_seen(v, lo, hi)),
         walks.over_keys(lo, hi, num_keys, group, tiles, cut),
         *walks.intervals_of_rows(lo, hi, num_keys, group, tiles),
+        *onto,
         out_type=(
             jax.ShapeDtypeStruct((*padded_q.shape[:4], v_head_dim), q.dtype),
             jax.ShapeDtypeStruct((batch, num_kv_heads, tiles, ROWS), jnp.float32),
@@ -238,11 +269,13 @@ def _forward(q, k, v, lo, hi, *, scale, longest):
             tile(cut.stages, cut.keys, head_dim),
             tile(cut.stages, cut.keys, v_head_dim),
             tile(COMPUTE, ROWS, v_head_dim) if v_head_dim > head_dim else None,
+            tile(COMPUTE, ROWS, v_head_dim) if onto else None,
             plgpu.Barrier(num_arrivals=copies, num_barriers=cut.row_stages),
             *(slots(), slots()),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=cut.row_stages),
             *(slots(num_arrivals=COMPUTE), slots(num_arrivals=COMPUTE)),
             plgpu.Barrier(num_barriers=COMPUTE),
+            plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=2 * rows.copies(group)),
         ),
     )
     out = out[:, :num_queries].reshape(*q.shape[:3], v_head_dim)
@@ -275,3 +308,54 @@ def interval_attention(q, k, v, lo, hi, scale, longest=None, gate=None):
     q, scale = launch.positive_scale(q, scale)
     passes = (functools.partial(run, scale=scale, longest=longest) for run in (_forward, backward))
     return launch.differentiable(*passes)(gate, q, k, v, lo, hi)
+
+
+def gated_sum(q, k, v, lo, hi, others, gates, scale, longest=None):
+    """The outputs of `interval_attention` and of two other attentions, gated and summed.
+
+    One pass over the other outputs where apart there are two, and one more over those of this
+    attention. Forward alone: not differentiable.
+
+    Args:
+      q, k, v, lo, hi: as of `interval_attention`; S is not 0.
+      others: two outputs [B, T, N, V] in the dtype of q.
+      gates: float32 [B, T, N, 3], of the others and then of this attention.
+      scale, longest: as of `interval_attention`.
+
+    Returns:
+      gates[..., 0] * others[0] + gates[..., 1] * others[1] + gates[..., 2] * out, summed in
+      float32, [B, T, N, V] in the dtype of q.
+    """
+    num_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    tiles = rows.num_tiles(q.shape[1], group, COMPUTE)
+    q, scale = launch.positive_scale(q, scale)
+
+    def run(q, k, v, lo, hi, first, second, gates):
+        first, second = (
+            rows.split_heads(rows.padded_queries(x, group), num_kv_heads) for x in (first, second)
+        )
+        gates = [rows.from_heads(gates[..., i], num_kv_heads, tiles, 0) for i in range(3)]
+        onto = first, second, jnp.stack(gates)
+        return _forward(q, k, v, lo, hi, *onto, scale=scale, longest=longest)
+
+    return launch.batched(run)(q, k, v, lo, hi, *others, gates)[0]
+
+
+def refusal(operation: str, *args, **kwargs) -> str | None:
+    """Why Mosaic GPU cannot run such a call here, or None; see `pallas_kernels.KERNELS`."""
+    reason = launch.refusal(operation, *args, **kwargs)
+    if reason or not args or operation != "gated_sum":
+        return reason
+    q, k, v = args[:3]
+    if k.shape[1] == 0:
+        return "mosaic_gpu's gated_sum takes one key or more."
+    cut = walks.lookup("interval_forward", q, v, kwargs.get("longest"))
+    widths = q.shape[3], v.shape[3]
+    features = cut.row_stages * COMPUTE * ROWS * widths[0] + cut.stages * cut.keys * sum(widths)
+    features += (1 + (widths[1] > widths[0])) * COMPUTE * ROWS * widths[1]
+    if 2 * features + RESERVED > launch.SHARED_MEMORY:
+        return (
+            f"mosaic_gpu's gated_sum has no room for heads of {widths[0]} features and values of "
+            f"{widths[1]}."
+        )
+    return None

@@ -10,7 +10,7 @@ import pytest
 
 from nsa_jax.ops import reference
 from pallas_kernels.mosaic_gpu import interval_backward, launch, rows, tuning, walks
-from pallas_kernels.mosaic_gpu.interval import interval_attention
+from pallas_kernels.mosaic_gpu.interval import gated_sum, interval_attention
 from tests import gates
 from tests.mosaic_gpu.interpreter import interpreted
 
@@ -166,6 +166,23 @@ def test_a_gate():
     assert (actual[3][:, ::3] == 0).all()
     for x, y in zip(negative[3:], expected[3:], strict=True):
         assert np.isnan(x[np.abs(y) > 0]).all()
+
+
+@pytest.mark.parametrize(("group", "head_dims"), [(16, (64, 64)), (2, (128, 64)), (8, (64, 128))])
+def test_gated_sum(group, head_dims):
+    """Of three outputs; the last tile is not full, and a program has several."""
+    batch, queries, keys = 2, 70, 90
+    q, k, v = random_arrays(batch, queries, keys, 2, group, *head_dims)
+    lo, hi = rising_intervals(queries, keys, batch)
+    others = [normal(i, *q.shape[:3], v.shape[3]) for i in (7, 8)]
+    weights = jax.random.uniform(jax.random.key(9), (*q.shape[:3], 3))
+    with interpreted(), tuning.override(**SMALL_STEPS):
+        actual = jax.jit(functools.partial(gated_sum, scale=0.3))(q, k, v, lo, hi, others, weights)
+    outs = [x.astype(jnp.float32) for x in (*others, oracle(q, k, v, lo, hi, 0.3)[0])]
+    expected = sum(weights[..., i, None] * out for i, out in enumerate(outs))
+    assert actual.dtype == q.dtype
+    # Probabilities and the sum are rounded to float16: 2**-11 each of numbers up to 4.
+    chex.assert_trees_all_close(actual.astype(jnp.float32), expected, atol=4e-3)
 
 
 def test_no_keys():
