@@ -305,7 +305,10 @@ def _kernel(
         pl.when(warpgroup == 0)(take_turn)  # the last one that the other one gave
 
     def copy_all():
-        keys = jax.lax.fori_loop(0, work.rounds, copy, jnp.int32(0))
+        # 0, but not for the compiler. Where there is one round it would unroll the copies, and
+        # ptxas 13.0.88 sets the coordinates of the second one only when it has begun.
+        zero = jnp.minimum(table[0, 0, 0], 0)
+        keys = jax.lax.fori_loop(0, work.rounds, copy, zero)
         walks.drain(keys, cut.stages, k_free)
 
     share_work(cut.warpgroups, compute_all, copy_all)
