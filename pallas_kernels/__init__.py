@@ -9,8 +9,8 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-#: operation -> implementation -> "module:function", the fastest one first: of those that can run a
-#: call, "auto" takes the first. The module also offers
+#: operation -> implementation -> "module:function", the one first that is the fastest on long
+#: sequences: of those that can run a call, "auto" takes the first. The module also offers
 #: `refusal(operation, *args, **kwargs) -> str | None`: the sentence that says why it cannot run a
 #: call with these arguments here, or None. Without arguments it speaks of the device alone.
 KERNELS: dict[str, dict[str, str]] = {

@@ -107,7 +107,7 @@ def _attend(
 
 
 def _with_derivatives_of(function, quick):
-    """`quick`, and where derivatives are wanted `function`, which returns the same."""
+    """`quick`, and where derivatives are wanted `function`, the same but for roundings."""
     quick = jax.custom_vjp(quick)
     quick.defvjp(lambda *args: jax.vjp(function, *args), lambda pull, gradients: pull(gradients))
     return quick

@@ -1,7 +1,7 @@
 """The three branches and the selection between them, as functions of arrays.
 
 Each branch says which keys a query may see, an interval or a list of blocks, and hands that to one
-kernel operation. Every function here takes:
+kernel operation. Every function here but `window_and_sum` takes:
 
     scale             a Python number that multiplies the scores; 1 / sqrt(H) by default
     gate              [B, T, N], at least 0, which multiplies a branch's outputs; they are float32
@@ -18,8 +18,8 @@ kernel operation. Every function here takes:
     implementation    see `nsa_jax.ops.dispatch`
 
 and raises ValueError if shapes do not fit, UnsupportedError if the implementation asked for by name
-cannot run the call. All of them work under jit, grad (reverse mode), vmap, remat and scan. What is
-returned as float32 is float64 for float64 inputs.
+cannot run the call. All of them work under jit, vmap, remat and scan, and all but `window_and_sum`
+under grad (reverse mode). What is returned as float32 is float64 for float64 inputs.
 """
 
 import math
@@ -273,7 +273,7 @@ def window_and_sum(
         "gated_sum",
         "mosaic_gpu",
         *(q, k, v, *_window(q, config, q_positions, document_starts)),
-        others=others,
+        others=tuple(x.astype(q.dtype) for x in others),
         gates=gates.astype(jnp.float32),
         scale=_scale(q, scale),
         longest=config.window_size,

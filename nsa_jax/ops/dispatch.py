@@ -4,9 +4,9 @@
     "triton"      Triton kernels, for NVIDIA GPUs since Ampere
     "xla"         portable XLA code, on any device
     "reference"   the oracle: dense and slow, for tests and doubts
-    "auto"        the fastest of mosaic_gpu, triton and xla that can run the call
+    "auto"        the first of mosaic_gpu, triton and xla that can run the call
 
-Which one is the fastest of an operation is the order of `pallas_kernels.KERNELS`. Whoever cannot
+The order, by speed on long sequences, is that of `pallas_kernels.KERNELS`. Whoever cannot
 run a call says why in one sentence, its refusal. "auto" goes on to the next one; an explicit choice
 raises `UnsupportedError` with the sentence and never falls back.
 """
@@ -67,7 +67,7 @@ def resolve(operation: str, implementation: str, *args, **kwargs) -> tuple[str, 
     """The name and the function of the implementation that runs this call.
 
     Args:
-      operation: one of `OPERATIONS` or `STEPS`.
+      operation: one of `OPERATIONS` or `STEPS`, or "gated_sum".
       implementation: one of `IMPLEMENTATIONS` but "reference", which has no kernel operations.
       *args: the operation's arguments, or anything with their shapes and dtypes.
       **kwargs: the operation's keywords.

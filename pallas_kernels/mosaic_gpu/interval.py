@@ -34,7 +34,7 @@ from pallas_kernels.mosaic_gpu.interval_backward import backward
 from pallas_kernels.mosaic_gpu.walks import COMPUTE
 
 #: Bytes of shared memory for barriers and what Pallas itself takes.
-RESERVED = 2048
+RESERVED = 3072
 
 
 def _softmax(scores, maximum, total, c, masked):
@@ -105,7 +105,7 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         def load_other(i, place):
             rows.load(onto[i], place, onto_there.at[warpgroup], batch, kv_head, tile)
 
-        def gated_sum(result):
+        def added_to_others(result):
             mine, *gates = (
                 plgpu.load(onto[2].at[i, batch, kv_head, tile], layout=OF_ROWS, optimized=False)
                 for i in (2, 0, 1)
@@ -186,7 +186,7 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         denominator = jnp.where(some, denominator, 1.0)
         result = acc * by_row(1 / denominator, acc.shape)
         if onto:
-            result = gated_sum(result)
+            result = added_to_others(result)
         buffer[...] = result.astype(out.dtype)
         plgpu.commit_smem()
         row_lse = jnp.where(some, maximum * LN2 + jnp.log(denominator), -jnp.inf)

@@ -60,6 +60,16 @@ def test_agrees_with_xla_forward_and_backward():
         chex.assert_trees_all_close(x, y, atol=4e-3 * float(jnp.abs(y).max()))
 
 
+def test_compressed_queries_of_another_dtype():
+    """Their branch's output comes in their dtype, and the kernel that sums takes one of q's."""
+    arrays = random_inputs(SPEC, dtype=jnp.bfloat16)
+    arrays["q_compressed"] = arrays["q"].astype(jnp.float32)
+    arrays["compressed"] = [x.astype(jnp.float32) for x in arrays["compressed"]]
+    lowered = jax.jit(attend, static_argnums=1).trace(arrays, "auto")
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert "interval_forward" in text
+
+
 @pytest.mark.parametrize(
     ("head_dims", "implementation", "expected"),
     [

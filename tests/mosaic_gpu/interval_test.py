@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nsa_jax.ops import reference
-from pallas_kernels.mosaic_gpu import interval_backward, launch, rows, tuning, walks
+from pallas_kernels.mosaic_gpu import interval, interval_backward, launch, rows, tuning, walks
 from pallas_kernels.mosaic_gpu.interval import gated_sum, interval_attention
 from tests import gates
 from tests.mosaic_gpu.interpreter import interpreted
@@ -243,6 +243,28 @@ def test_every_tuning_lowers(head_dim, v_head_dim):
         text = lowered(head_dim, v_head_dim, 16, longest)
         for name in ("forward", "dq", "dkv"):
             assert f"interval_{name}" in text
+
+
+@pytest.mark.parametrize("v_head_dim", launch.V_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", launch.HEAD_DIMS)
+def test_gated_sum_lowers_where_it_is_not_refused(head_dim, v_head_dim, monkeypatch):
+    monkeypatch.setattr(launch, "device", lambda: H100)
+    q, k, v, out, gates = (
+        jax.ShapeDtypeStruct((1, 1001, heads, features), dtype)
+        for heads, features, dtype in (
+            *((16, head_dim, jnp.bfloat16), (1, head_dim, jnp.bfloat16)),
+            *((1, v_head_dim, jnp.bfloat16), (16, v_head_dim, jnp.bfloat16)),
+            (16, 3, jnp.float32),
+        )
+    )
+    bound = jax.ShapeDtypeStruct((1, 1001), jnp.int32)
+    total = functools.partial(gated_sum, scale=0.1, longest=512)
+    traced = jax.jit(total).trace(q, k, v, bound, bound, (out, out), gates)
+    if interval.refusal("gated_sum", q, k, v, longest=512) is None:
+        traced.lower(lowering_platforms=("cuda",))
+    else:
+        with pytest.raises(ValueError, match="exceeds available shared memory"):
+            traced.lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize("group", [x for x in launch.GROUPS if x != 16])
