@@ -50,6 +50,8 @@ def native_sparse_attention(
     Returns:
       The attention's output [B, T, N, V] in q's dtype, and the selected blocks [B, T, K, n], int32
       in ascending order, then -1 where there is no further block.
+      On NVIDIA Hopper the output may differ by roundings between a call that is differentiated and
+      one that is not, whose sum the window's kernel makes.
 
     Raises:
       ValueError: if shapes do not fit each other or there is no such implementation.
