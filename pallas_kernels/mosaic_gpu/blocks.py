@@ -28,6 +28,8 @@ from pallas_kernels.mosaic_gpu.common import (
     ROWS,
     TILE,
     TILE_ROWS,
+    NoTurns,
+    Turns,
     by_column,
     divide,
     full,
@@ -232,14 +234,7 @@ def _kernel(
     q_tile, lse_tile, out_tile = (x.at[warpgroup] for x in (q_smem, lse_smem, out_smem))
     parts = lse.shape[3]
     columns = q_smem.shape[1] // parts
-
-    def take_turn():
-        if cut.warpgroups > 1:
-            plgpu.barrier_wait(turn.at[warpgroup])
-
-    def give_turn():
-        if cut.warpgroups > 1:
-            plgpu.barrier_arrive(turn.at[1 - warpgroup])
+    turns = Turns(turn) if cut.warpgroups > 1 else NoTurns()
 
     def place(r):
         batch, kv_head, index = work.place(r)
@@ -263,9 +258,9 @@ def _kernel(
             slot = jax.lax.rem(before + key, cut.stages)
             queries = q_tile.at[pl.ds(pl.multiple_of(part * columns, TILE_ROWS), columns)]
             pl.when(part == 0)(lambda: plgpu.barrier_wait(k_there.at[slot]))
-            take_turn()
+            turns.take()
             x, result = product_and(k_smem.at[slot], queries.transpose((1, 0)), meanwhile)
-            give_turn()
+            turns.give()
             pl.when(part == parts - 1)(lambda: plgpu.barrier_arrive(k_free.at[slot]))
             lse2 = by_column(load(lse_tile.at[part, pl.ds(0, columns)], OF_COLUMNS), x.shape)
             return jnp.exp2(x * c - plgpu.layout_cast(lse2, TILE)), result
@@ -298,11 +293,11 @@ def _kernel(
         return before + keys
 
     def compute_all():
-        pl.when(warpgroup == 1)(give_turn)
+        turns.begin()
         load_queries(0)
         jax.lax.fori_loop(0, work.rounds, compute, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
-        pl.when(warpgroup == 0)(take_turn)  # the last one that the other one gave
+        turns.end()
 
     def copy_all():
         # 0, but not for the compiler. Where there is one round it would unroll the copies, and

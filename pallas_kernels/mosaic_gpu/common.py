@@ -63,6 +63,40 @@ def share_work(computing, compute, copy):
         copy()
 
 
+class Turns:
+    """Two warpgroups that take turns, the first one first, as often as each other."""
+
+    def __init__(self, barriers):
+        """Takes a barrier for each, of one arrival."""
+        self._barriers = barriers
+        self._warpgroup = jax.lax.axis_index("warpgroup")
+
+    def take(self):
+        """Waits for the turn of this warpgroup."""
+        plgpu.barrier_wait(self._barriers.at[self._warpgroup])
+
+    def give(self):
+        """Gives the turn to the other one."""
+        plgpu.barrier_arrive(self._barriers.at[1 - self._warpgroup])
+
+    def begin(self):
+        """Before the first turn."""
+        pl.when(self._warpgroup == 1)(self.give)
+
+    def end(self):
+        """After the last turn: takes the one that the other one gave in vain."""
+        pl.when(self._warpgroup == 0)(self.take)
+
+
+class NoTurns:
+    """The turns of a warpgroup that is alone."""
+
+    def take(self):
+        """Does nothing, like the others."""
+
+    give = begin = end = take
+
+
 def smem(*shape, dtype):
     """Shared memory for matrices [..., rows, columns] of a 16-bit dtype, laid out for products."""
     return plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)

@@ -8,6 +8,7 @@ every row of the tile sees whole skip the mask. No program adds to what another 
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -21,6 +22,7 @@ from pallas_kernels.mosaic_gpu.common import (
     OF_ROWS,
     ROWS,
     TILE,
+    Turns,
     accumulate,
     by_row,
     full,
@@ -79,12 +81,7 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
     columns, v_head_dim = _columns(q_smem), v.shape[3]
     size, stages, q_stages = cut.keys, cut.stages, cut.row_stages
     warpgroup, work = jax.lax.axis_index("warpgroup"), walks.Work(table, k.shape[2])
-
-    def take_turn():
-        plgpu.barrier_wait(turn.at[warpgroup])
-
-    def give_turn():
-        plgpu.barrier_arrive(turn.at[1 - warpgroup])
+    turns = Turns(turn)
 
     def release_queries(r):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output leaves through their memory
@@ -142,11 +139,11 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         def step(n, state, first_key, size=size):
             acc, p, *softmax = state
             operands = queries_and_keys(n, size)
-            take_turn()
+            turns.take()
             (p, decay, *softmax), acc = products_and_sum(
                 *([operands], acc, p, values(n - 1, p)),
                 between=lambda scores: probabilities(n, first_key, scores, *softmax),
-                meanwhile=give_turn,
+                meanwhile=turns.give,
             )
             plgpu.barrier_arrive(v_free.at[slot(n - 1)])
             # Not sooner may other probabilities be in the registers that the product has read.
@@ -176,9 +173,9 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         if onto:
             plgpu.commit_smem()  # every warp is done with the queries
             load_other(0, buffer)
-        take_turn()
+        turns.take()
         acc = accumulate(acc, p, values(steps - 1, p))
-        give_turn()
+        turns.give()
         plgpu.barrier_arrive(v_free.at[slot(steps - 1)])
 
         maximum, denominator = softmax
@@ -223,11 +220,11 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         return before + steps
 
     def compute_all():
-        pl.when(warpgroup == 1)(give_turn)
+        turns.begin()
         jax.lax.fori_loop(0, work.rounds, compute, (jnp.int32(0), work.walk(0)))
         if q_stages > 1:
             release_queries(work.rounds - 1)
-        pl.when(warpgroup == 0)(take_turn)  # the last one that the other one gave
+        turns.end()
 
     def copy_all():
         steps = jax.lax.fori_loop(0, work.rounds, copy, jnp.int32(0))
@@ -237,19 +234,31 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
     share_work(COMPUTE, compute_all, copy_all)
 
 
+def _memory(cut, q, v, onto):
+    """Shared memory for parts of the queries, keys, values, outputs and another one's outputs."""
+    head_dim, v_head_dim = q.shape[3], v.shape[3]
+    tile = functools.partial(smem, dtype=q.dtype)
+    # The output leaves through the memory of the queries, or of a part of them that has its shape.
+    widths = (v_head_dim, head_dim - v_head_dim) if v_head_dim < head_dim else (head_dim,)
+    return (
+        tuple(tile(cut.row_stages, COMPUTE, ROWS, width) for width in widths),
+        tile(cut.stages, cut.keys, head_dim),
+        tile(cut.stages, cut.keys, v_head_dim),
+        tile(COMPUTE, ROWS, v_head_dim) if v_head_dim > head_dim else None,
+        tile(COMPUTE, ROWS, v_head_dim) if onto else None,
+    )
+
+
 def _forward(q, k, v, lo, hi, *onto, scale, longest):
-    batch, num_queries, num_heads, head_dim = q.shape
+    batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads, v_head_dim = v.shape[1:]
     group = num_heads // num_kv_heads
     cut = walks.lookup("interval_forward", q, v, longest)
     tiles = rows.num_tiles(num_queries, group, COMPUTE)
     padded_q = rows.split_heads(rows.padded_queries(q, group), num_kv_heads)
-    tile = functools.partial(smem, dtype=q.dtype)
+    memory = _memory(cut, q, v, onto)
     slots = functools.partial(plgpu.Barrier, num_barriers=cut.stages)
-    # The output leaves through the memory of the queries, or of a part of them that has its shape.
-    widths = (v_head_dim, head_dim - v_head_dim) if v_head_dim < head_dim else (head_dim,)
-    q_parts = tuple(tile(cut.row_stages, COMPUTE, ROWS, width) for width in widths)
-    copies = rows.copies(group) * len(q_parts) * COMPUTE
+    copies = rows.copies(group) * len(memory[0]) * COMPUTE
     out, lse = launch.launch(
         functools.partial(_interval_forward, cut=cut, c=scale * LOG2E),
         padded_q,
@@ -265,11 +274,7 @@ def _forward(q, k, v, lo, hi, *onto, scale, longest):
         programs=min(batch * num_kv_heads * tiles // COMPUTE, launch.num_cores()),
         warpgroups=COMPUTE + 1,
         scratch=(
-            q_parts,
-            tile(cut.stages, cut.keys, head_dim),
-            tile(cut.stages, cut.keys, v_head_dim),
-            tile(COMPUTE, ROWS, v_head_dim) if v_head_dim > head_dim else None,
-            tile(COMPUTE, ROWS, v_head_dim) if onto else None,
+            *memory,
             plgpu.Barrier(num_arrivals=copies, num_barriers=cut.row_stages),
             *(slots(), slots()),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=cut.row_stages),
@@ -350,12 +355,10 @@ def refusal(operation: str, *args, **kwargs) -> str | None:
     if k.shape[1] == 0:
         return "mosaic_gpu's gated_sum takes one key or more."
     cut = walks.lookup("interval_forward", q, v, kwargs.get("longest"))
-    widths = q.shape[3], v.shape[3]
-    features = cut.row_stages * COMPUTE * ROWS * widths[0] + cut.stages * cut.keys * sum(widths)
-    features += (1 + (widths[1] > widths[0])) * COMPUTE * ROWS * widths[1]
-    if 2 * features + RESERVED > launch.SHARED_MEMORY:
+    numbers = sum(math.prod(x.shape) for x in jax.tree.leaves(_memory(cut, q, v, onto=True)))
+    if numbers * q.dtype.itemsize + RESERVED > launch.SHARED_MEMORY:
         return (
-            f"mosaic_gpu's gated_sum has no room for heads of {widths[0]} features and values of "
-            f"{widths[1]}."
+            f"mosaic_gpu's gated_sum has no room for heads of {q.shape[3]} features and values of "
+            f"{v.shape[3]}."
         )
     return None
