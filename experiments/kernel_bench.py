@@ -3,10 +3,13 @@ r"""How fast are the kernels, and from which length on does NSA beat dense atten
     python -m experiments.kernel_bench --output=experiments/results/kernels_h100
 
 Times each operation, forward and backward apart, at batch 1 in bfloat16 on random data: the three
-branches, the choice of blocks, "nsa" (the whole native_sparse_attention: gates included,
+branches, the choice of blocks, the selected branch where neighbouring queries share four fifths of
+their blocks ("selected_overlap"), "nsa" (the whole native_sparse_attention: gates included,
 projections not), and as baselines dense attention through cuDNN, dense attention through the same
 implementation's own interval_attention (what the paper compares with) and cuDNN's sliding window.
-A time is a median over samples of many runs in a row, after a warm-up.
+With --peers, public PyTorch implementations of NSA as well, on the same arrays (peers.py says
+which, and where to get them). A time is a median over samples of many runs in a row, after a
+warm-up.
 
 Beside each time stand the useful FLOP a second, visible pairs of query and key alone, and the
 floor: the longer one of useful FLOP at the rate of a large matrix product and of each input read
@@ -29,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import timing
+from experiments import peers, timing
 from nsa_jax.ops import compression, dispatch
 from tests.arg_specs import BENCHMARK, ArgSpec
 
@@ -46,21 +49,24 @@ _SHAPES = flags.DEFINE_list(
     "shapes", ["paper", "paper_192", "gqa"], f"of heads, among {', '.join(BENCHMARK)}"
 )
 _ONLY = flags.DEFINE_list("only", None, "names of operations; all of them if not given")
+_PEERS = flags.DEFINE_list("peers", [], f"public implementations, among {', '.join(peers.PEERS)}")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "samples of each; the median counts", lower_bound=1)
 
 BRANCHES = ("compressed", "select_blocks", "selected", "window")
 BREAK_EVEN = ("nsa", "dense_cudnn")
 SHORT = 4096  # tokens; below, the parts of NSA are of no interest
 COLUMNS = ("shape", "length", "operation", "pass", "ms", "tflops", "floor_ms", "over_floor")
+#: Which blocks the operations attend.
+SELECTIONS = {"selected": "blocks", "selected_overlap": "overlapping"}
 INPUTS, MEMORY = ("inputs", "inputs"), ("nsa", "memory")
 
 
-def visible_pairs(spec: ArgSpec, blocks) -> dict[str, int]:
+def visible_pairs(spec: ArgSpec, selections: dict) -> dict[str, int]:
     """Counts the pairs of a query head's query and a key that it sees, by branch and for dense.
 
     Args:
       spec: the shapes.
-      blocks: [B, T, K, n], the selected blocks, -1 for none; None leaves their pairs uncounted.
+      selections: by operation, the selected blocks [B, T, K, n], -1 for none.
     """
     nsa, query = spec.nsa, np.arange(spec.length, dtype=np.int64)
     complete = compression.complete_blocks(
@@ -72,10 +78,10 @@ def visible_pairs(spec: ArgSpec, blocks) -> dict[str, int]:
         "dense": int((query + 1).sum()),
     }
     pairs = {name: spec.batch * spec.num_heads * count for name, count in a_query.items()}
-    if blocks is not None:
+    for operation, blocks in selections.items():
         blocks, size = np.asarray(blocks, np.int64), nsa.select_block_size
         tokens = np.clip(query[:, None, None] + 1 - blocks * size, 0, size) * (blocks >= 0)
-        pairs["selected"] = int(tokens.sum()) * spec.num_heads // spec.num_kv_heads
+        pairs[operation] = int(tokens.sum()) * spec.num_heads // spec.num_kv_heads
     return pairs
 
 
@@ -91,7 +97,7 @@ def useful_flop(operation: str, spec: ArgSpec, pairs: dict[str, int]) -> dict[st
             "forward": seen * forward + pairs["compressed"] * scores,
             "backward": seen * backward,
         }
-    seen = pairs[operation.split("_")[0]]
+    seen = pairs[operation if operation in pairs else operation.split("_")[0]]
     return {"forward": seen * forward, "backward": seen * backward}
 
 
@@ -187,7 +193,7 @@ def _time(case, name, functions, arrays, repeats):
         yield "backward", run(functions[name, "backward"], pull, arrays["cotangent"])
 
 
-def measure(plan: Plan, functions: dict, limits: dict, repeats: int):
+def measure(plan: Plan, functions: dict, limits: dict, repeats: int, public=()):
     """Times one shape at one length.
 
     Args:
@@ -195,10 +201,12 @@ def measure(plan: Plan, functions: dict, limits: dict, repeats: int):
       functions: of the plan, from `compile_plans`.
       limits: from `timing.ceilings`.
       repeats: samples of each.
+      public: names of peers to time as well.
 
     Yields:
       Rows: dicts of the columns, without shape and length, that also hold the spread or the
-      "reason" of an empty cell. A row of the pass "memory" holds "temporary_mib".
+      "reason" of an empty cell. A row of the pass "memory" holds "temporary_mib", one of a peer's
+      forward pass the largest "difference" from our output.
     """
     make = functions[INPUTS]
     arrays = (
@@ -208,20 +216,32 @@ def measure(plan: Plan, functions: dict, limits: dict, repeats: int):
         for name in plan.cases:
             yield {"operation": name, "pass": "forward", "reason": arrays}
         return
-    pairs = visible_pairs(plan.spec, arrays.get("blocks"))
+    selections = {x: arrays[y] for x, y in SELECTIONS.items() if y in arrays}
+    pairs, least = visible_pairs(plan.spec, selections), {}
     for name, case in plan.cases.items():
         flop = useful_flop(name, plan.spec, pairs)
         given = tuple(plan.shapes[x] for x in case.arguments)
         # What could not be traced has no output, but no time to compare with its bytes either.
         moved = least_bytes(case, given, getattr(plan.traced[name, "forward"], "out_info", ()))
         for which, result in _time(case, name, functions, arrays, repeats):
-            row = {"operation": name, "pass": which}
-            if isinstance(result, str):
-                yield row | {"reason": result}
-            else:
-                yield row | _columns(result, flop[which], moved[which], limits)
+            least[name, which] = (flop[which], moved[which])
+            yield {"operation": name, "pass": which} | _columns(result, limits, least[name, which])
     if MEMORY in functions:
         yield _memory(functions[MEMORY])
+    for peer in public:
+        yield from _measure_peer(peer, plan, functions, arrays, limits, least, repeats)
+
+
+def _measure_peer(peer, plan, functions, arrays, limits, least, repeats):
+    """Yields the rows of a public implementation."""
+    ours = {}
+    for name in peers.PEERS[peer].operations:
+        function = functions.get((name, "forward"), "not timed")
+        if not isinstance(function, str):
+            ours[name] = function(*(arrays[x] for x in plan.cases[name].arguments))
+    for row in peers.measure(peer, plan.spec, arrays, ours, repeats):
+        columns = _columns(row.pop("result"), limits, least.get((row["operation"], row["pass"])))
+        yield row | {"operation": f"{row['operation']}_{peer}"} | columns
 
 
 def _memory(gradient) -> dict:
@@ -232,14 +252,20 @@ def _memory(gradient) -> dict:
     return row | {"temporary_mib": gradient.memory_analysis().temp_size_in_bytes / 2**20}
 
 
-def _columns(result: timing.Timing, flop, moved, limits):
-    """The numbers of a row."""
-    floor = max(flop / limits["matmul_tflops"] / 1e9, moved / limits["copy_gb_s"] / 1e6)
-    return {
-        "ms": result.median,
-        "tflops": flop / result.median / 1e9,
-        "floor_ms": floor,
-        "over_floor": result.median / floor,
+def _columns(result: timing.Timing | str, limits, least):
+    """The numbers of a row, or why there are none; `least` are its FLOP and bytes, if known."""
+    if isinstance(result, str):
+        return {"reason": result}
+    columns = {"ms": result.median}
+    if least is not None:
+        flop, moved = least
+        floor = max(flop / limits["matmul_tflops"] / 1e9, moved / limits["copy_gb_s"] / 1e6)
+        columns |= {
+            "tflops": flop / result.median / 1e9,
+            "floor_ms": floor,
+            "over_floor": result.median / floor,
+        }
+    return columns | {
         "least_ms": result.least,
         "most_ms": result.most,
         "samples": result.samples,
@@ -359,9 +385,11 @@ def _draw_panel(axes, rows, shape, which, implementation):
 
 def _line(row):
     """One row as a line of the table on the screen."""
-    head = f"{row['shape']:<10} {row['length']:>7} {row['operation']:<14} {row['pass']:<9}"
+    head = f"{row['shape']:<10} {row['length']:>7} {row['operation']:<17} {row['pass']:<9}"
     if "ms" not in row:
         return f"{head} {row.get('reason') or format(row['temporary_mib'], '9.1f') + ' MiB'}"
+    if "tflops" not in row:
+        return f"{head} {row['ms']:>9.3f}"
     return f"{head} {row['ms']:>9.3f} {row['tflops']:>8.1f} {row['over_floor']:>7.2f}"
 
 
@@ -379,7 +407,11 @@ def _check_flags(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Flags are written --name=value.")
     operations = timing.cases(BENCHMARK["tiny"], _IMPLEMENTATION.value)
-    known = {"--shapes": (_SHAPES.value, BENCHMARK), "--only": (_ONLY.value or [], operations)}
+    known = {
+        "--shapes": (_SHAPES.value, BENCHMARK),
+        "--only": (_ONLY.value or [], operations),
+        "--peers": (_PEERS.value, peers.PEERS),
+    }
     for flag, (given, allowed) in known.items():
         for name in given:
             if name not in allowed:
@@ -391,9 +423,15 @@ def _check_flags(argv) -> None:
 
 def main(argv):
     """Measures, prints and writes."""
-    # JAX reads it when the GPU is first used; its default, 0.75, is short for the longest lengths.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     _check_flags(argv)
+    # JAX reads these when the GPU is first used; its default, 0.75, is short for the longest
+    # lengths, and PyTorch needs what JAX leaves.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    if _PEERS.value:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    absent = [reason for reason in map(peers.missing, _PEERS.value) if reason]
+    if absent:
+        raise SystemExit("\n".join(absent))
     implementation = _IMPLEMENTATION.value
     try:
         dispatch.explain(implementation)
@@ -406,7 +444,7 @@ def main(argv):
     record |= {"implementation": implementation, "dtype": "bfloat16"}
     record["ceilings"] = timing.rounded(limits)
     print(", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
-    head = f"{'shape':<10} {'length':>7} {'operation':<14} {'pass':<9}"
+    head = f"{'shape':<10} {'length':>7} {'operation':<17} {'pass':<9}"
     print(f"{head} {'ms':>9} {'TFLOP/s':>8} {'/ floor':>7}", flush=True)
     rows = []
     for shape in _SHAPES.value:
@@ -415,7 +453,7 @@ def main(argv):
         functions = compile_plans(plans)
         print(f"{shape}: compiled in {time.perf_counter() - start:.0f} s", flush=True)
         for one, compiled in zip(plans, functions, strict=True):
-            for row in measure(one, compiled, limits, _REPEATS.value):
+            for row in measure(one, compiled, limits, _REPEATS.value, _PEERS.value):
                 rows.append({"shape": shape, "length": one.spec.length} | row)
                 print(_line(rows[-1]), flush=True)
             if _OUTPUT.value:

@@ -62,7 +62,7 @@ def median_ms(function, argument, repeats: int) -> float:
     return statistics.median(1e3 * _seconds(function, (argument,), 1) for _ in range(repeats))
 
 
-def measure(function, arguments: tuple, repeats: int) -> Timing:
+def measure(function, arguments: tuple, repeats: int, wait=jax.block_until_ready) -> Timing:
     """Times a compiled function after a warm-up, many runs in a row without waiting between them.
 
     On a CPU, which would run them side by side, one by one.
@@ -71,28 +71,29 @@ def measure(function, arguments: tuple, repeats: int) -> Timing:
       function: compiled; what it returns is dropped before the next run.
       arguments: its arguments.
       repeats: samples to take at most.
+      wait: returns once what `function` returned is there.
     """
-    jax.block_until_ready(function(*arguments))
-    runs, seconds = 1, _seconds(function, arguments, 1)
+    wait(function(*arguments))
+    runs, seconds = 1, _seconds(function, arguments, 1, wait)
     while seconds < SAMPLE_SECONDS and jax.default_backend() != "cpu":
         # A first run alone takes longer than each of many; so the number grows step by step.
         runs = math.ceil(runs * min(1.2 * SAMPLE_SECONDS / seconds, 20))
-        seconds = _seconds(function, arguments, runs)
+        seconds = _seconds(function, arguments, runs, wait)
     samples, spent = [seconds / runs], seconds
     while len(samples) < repeats and (len(samples) < LEAST_SAMPLES or spent < ENOUGH_SECONDS):
-        seconds = _seconds(function, arguments, runs)
+        seconds = _seconds(function, arguments, runs, wait)
         samples.append(seconds / runs)
         spent += seconds
     values = (statistics.median(samples), min(samples), max(samples))
     return Timing(*(1e3 * x for x in values), len(samples), runs)
 
 
-def _seconds(function, arguments, runs):
+def _seconds(function, arguments, runs, wait=jax.block_until_ready):
     start, out = time.perf_counter(), None
     for _ in range(runs):
         out = None  # its memory is free for the next run
         out = function(*arguments)
-    jax.block_until_ready(out)
+    wait(out)
     return time.perf_counter() - start
 
 
@@ -212,6 +213,9 @@ def cases(spec: ArgSpec, implementation: str) -> dict[str, Case]:
         "compressed": Case(out_of(branches.compressed_attention), ("q", "compressed"), 2),
         "select_blocks": Case(select_blocks, ("q", "compressed", "lse"), 0),
         "selected": Case(out_of(branches.selected_attention), ("q", "selected", "blocks"), 2),
+        "selected_overlap": Case(
+            out_of(branches.selected_attention), ("q", "selected", "overlapping"), 2
+        ),
         "window": Case(out_of(branches.sliding_window_attention), ("q", "window"), 2),
         "nsa": Case(nsa, everything, 5),
         "dense_cudnn": Case(dense_cudnn, ("q", "selected"), 2),
@@ -248,7 +252,8 @@ def inputs(spec: ArgSpec, implementation: str, names) -> Callable[[], dict]:
     """Returns a function, to be compiled, that makes the inputs of cases.
 
     Those of native_sparse_attention in bfloat16; a "cotangent" of the outputs; and, if `names` has
-    them, "lse" of the compressed branch and "blocks", what select_blocks chooses of the same data.
+    them, "lse" of the compressed branch, "blocks", what select_blocks chooses of the same data, and
+    "overlapping", blocks of which neighbouring queries share most.
     """
     where = {"config": spec.nsa, "implementation": implementation}
 
@@ -261,9 +266,49 @@ def inputs(spec: ArgSpec, implementation: str, names) -> Callable[[], dict]:
             arrays["lse"] = branches.compressed_attention(q, k, v, **where)[1]
         if "blocks" in names:
             arrays["blocks"] = branches.select_blocks(q, k, arrays["lse"], **where)
+        if "overlapping" in names:
+            arrays["overlapping"] = overlapping_blocks(spec)
         return arrays
 
     return make
+
+
+def overlapping_blocks(spec: ArgSpec, changed: float = 0.2):
+    """Random selected blocks, of which those of neighbouring queries overlap.
+
+    Of each query, the forced blocks and, from as many equal parts of those between them as blocks
+    are left, one each; one after the other, these are drawn anew.
+
+    Args:
+      spec: the shapes.
+      changed: about which part of the selected blocks is not that of the query before.
+
+    Returns:
+      int32 [B, T, K, n], -1 for none.
+    """
+    nsa, shape = spec.nsa, (spec.batch, spec.length, spec.num_kv_heads)
+    forced = nsa.num_initial_blocks + nsa.num_local_blocks
+    drawn = nsa.num_selected_blocks - forced
+    period = max(round(drawn / (changed * nsa.num_selected_blocks)), 1)  # queries
+    query = jnp.arange(spec.length)[:, None]
+    own, slot = query // nsa.select_block_size, jnp.arange(drawn)
+
+    draws = spec.length // period + 2
+    numbers = jax.random.uniform(jax.random.key(2), (spec.batch, draws, spec.num_kv_heads, drawn))
+    number = numbers[:, (query + slot) // period, :, slot]  # [T, drawn, B, K]
+    between = jnp.maximum(own + 1 - forced, 0)
+    begin, end = (nsa.num_initial_blocks + (slot + i) * between // drawn for i in (0, 1))
+    width = (end - begin)[..., None, None]
+    random = begin[..., None, None] + jnp.minimum((number * width).astype(int), width - 1)
+    random = jnp.moveaxis(jnp.where(width > 0, random, -1), (0, 1), (1, 3))
+
+    first = jnp.arange(nsa.num_initial_blocks)
+    local = own - jnp.arange(nsa.num_local_blocks)
+    first = jnp.where(first <= own, first, -1)
+    local = jnp.where(local >= nsa.num_initial_blocks, local, -1)
+    always = jnp.concatenate([first, local], axis=1)[None, :, None]
+    always = jnp.broadcast_to(always, (*shape, forced))
+    return jnp.concatenate([random, always], axis=-1).astype(jnp.int32)
 
 
 def hardware(module: str) -> dict:

@@ -3,7 +3,8 @@
 Forward and for dq, a tile of queries walks the union of its blocks, which each kind of kernel makes
 in its own way. For dk and dv, each block meets the queries that selected it, in ascending order, by
 the inverted index; a list that is long, as block 0's is when everybody selects it, is cut into
-items of equal size, so that no program has more to do than another.
+items of equal size, so that no program has more to do than another. Lists may be cut into spans of
+positions as well, so that programs that run together read queries that lie together.
 """
 
 import functools
@@ -32,7 +33,7 @@ class Unions(NamedTuple):
 
 
 class InvertedIndex(NamedTuple):
-    """The queries of each block, cut into items of at most `size` queries.
+    """The queries of each block, cut into items of at most `size` queries of one span.
 
     Attributes:
       queries: int32 [B * T * K * M], sorted by batch, group and block, ascending within a block;
@@ -40,11 +41,13 @@ class InvertedIndex(NamedTuple):
       items: int32 [B, K, items, 3]: of each item its block, where its queries begin in `queries`,
         and how many they are; 0 beyond the last item.
       first_items: int32 [B, K, blocks + 1]: the first item of each block, then their number.
+      order: int32 [B, K, items]: the items of the first span, those of the second, and so on.
     """
 
     queries: jax.Array
     items: jax.Array
     first_items: jax.Array
+    order: jax.Array
 
 
 def _edges(keys, num_keys):
@@ -58,33 +61,62 @@ def _edges(keys, num_keys):
     return jax.lax.cummin(edges, reverse=True)
 
 
-def inverted_index(block_indices, *, num_blocks: int, size: int) -> InvertedIndex:
-    """The inverted index of `block_indices` [B, T, K, M], by one stable sort."""
+def inverted_index(
+    block_indices,
+    q_positions,
+    *,
+    num_keys: int,
+    block_size: int,
+    size: int,
+    span: int | None = None,
+) -> InvertedIndex:
+    """The inverted index of the blocks that each query selected and has reached, by stable sorts.
+
+    Args:
+      block_indices: int32 [B, T, K, M], -1 for no block.
+      q_positions: int32 [B, T], rising along a row and less than num_keys.
+      num_keys: S.
+      block_size: l'.
+      size: the most queries of an item.
+      span: how many positions a span has; None for one span.
+    """
     batch, num_queries, groups, num_selected = block_indices.shape
-    rows = batch * groups
-    blocks = jnp.moveaxis(block_indices, 2, 1).reshape(rows, -1)
+    rows, num_blocks = batch * groups, -(-num_keys // block_size)
+    span = span or num_keys
+    spans = -(-num_keys // span)
+    cells = num_blocks * spans  # of each row: the queries of a block and a span
+
+    position = q_positions[:, :, None, None]
+    real = (block_indices >= 0) & (block_indices * block_size <= position)
+    cell = jnp.where(real, block_indices * spans + position // span, -1)
+    cell = jnp.moveaxis(cell, 2, 1).reshape(rows, -1)
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
-    real = (blocks >= 0) & (blocks < num_blocks)
-    keys = jnp.where(real, row * num_blocks + blocks, rows * num_blocks).reshape(-1)
+    keys = jnp.where(cell >= 0, row * cells + cell, rows * cells).reshape(-1)
     queries = jnp.arange(num_queries, dtype=jnp.int32).repeat(num_selected)
     queries = jnp.broadcast_to(queries, (rows, queries.size)).reshape(-1)
     keys, queries = jax.lax.sort((keys, queries), num_keys=1, is_stable=True)
 
-    edges = _edges(keys, rows * num_blocks)
-    starts = edges[:-1].reshape(rows, num_blocks)
-    counts = jnp.diff(edges).reshape(rows, num_blocks)
+    edges = _edges(keys, rows * cells)
+    starts = edges[:-1].reshape(rows, cells)
+    counts = jnp.diff(edges).reshape(rows, cells)
     ends = jnp.cumsum(-(-counts // size), axis=1, dtype=jnp.int32)
     first_items = jnp.pad(ends, [(0, 0), (1, 0)])
 
-    num_items = num_queries * num_selected // size + num_blocks
-    item = jnp.arange(num_items, dtype=jnp.int32)
-    block = jax.vmap(lambda ends: search(ends, item, side="right"))(ends)
-    block = jnp.minimum(block, num_blocks - 1).astype(jnp.int32)
+    # A span's queries have reached no block beyond its end.
+    reached = sum(
+        -(-min(end, num_keys) // block_size) for end in range(span, num_keys + span, span)
+    )
+    item = jnp.arange(num_queries * num_selected // size + reached, dtype=jnp.int32)
+    cell = jax.vmap(lambda ends: search(ends, item, side="right"))(ends)
+    cell = jnp.minimum(cell, cells - 1).astype(jnp.int32)
     take = jax.vmap(jnp.take)
-    skipped = (item - take(first_items, block)) * size
-    count = jnp.clip(take(counts, block) - skipped, 0, size)
-    listed = jnp.stack([block, take(starts, block) + skipped, count], axis=-1)
-    shape = (batch, groups)
+    skipped = (item - take(first_items, cell)) * size
+    count = jnp.clip(take(counts, cell) - skipped, 0, size)
+    listed = jnp.stack([cell // spans, take(starts, cell) + skipped, count], axis=-1)
+    order = jnp.argsort(jnp.where(count > 0, cell % spans, spans), axis=1, stable=True)
     return InvertedIndex(
-        queries, listed.reshape(*shape, num_items, 3), first_items.reshape(*shape, -1)
+        queries,
+        listed.reshape(batch, groups, item.size, 3),
+        first_items[:, ::spans].reshape(batch, groups, num_blocks + 1),
+        order.astype(jnp.int32).reshape(batch, groups, item.size),
     )

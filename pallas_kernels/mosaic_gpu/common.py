@@ -27,6 +27,8 @@ REGISTERS = {2: (232, 40), 3: (160, 24)}
 
 #: How shared memory is laid out for the tensor cores: those tiles, swizzled.
 TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
+#: The same for float32, which no product takes.
+FLOAT_TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 32)), plgpu.SwizzleTransform(128))
 
 #: One element a register: the layout of an accumulator, and of vectors of its rows and columns.
 TILE = plgpu.Layout.WGMMA
@@ -120,6 +122,14 @@ def by_row(x, shape):
 def by_column(x, shape):
     """A vector of columns as a matrix."""
     return jax.lax.broadcast_in_dim(x, shape, (1,))
+
+
+def in_registers(ref):
+    """A left operand of products that is not to be read from shared memory each time.
+
+    Interpreted, it is; see `accumulate`.
+    """
+    return ref if launch.is_interpreted() else plgpu.load(ref, layout=TILE)
 
 
 def product(a, b, meanwhile=lambda: None):

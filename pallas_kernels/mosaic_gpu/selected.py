@@ -20,6 +20,10 @@ from pallas_kernels.mosaic_gpu.selected_forward import forward
 #: Queries of a block that one program takes for dk and dv.
 ITEM_QUERIES = 1024
 
+#: Positions of a span, whose queries, all heads of a group, L2 holds a good part of; and the most
+#: spans, since each item of each takes memory for a block's gradients in float32.
+SPAN, MOST_SPANS = 16384, 4
+
 
 def _heads(group):
     """Heads of a query in memory: copies move 8 rows at least."""
@@ -93,13 +97,18 @@ def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, bl
         block_size=block_size,
         scale=scale,
     )
-    num_blocks = -(-num_keys // block_size)
-    index = inverted_index(block_indices, num_blocks=num_blocks, size=ITEM_QUERIES)
-    ends = (jnp.arange(num_blocks, dtype=jnp.int32) + 1) * block_size - 1
+    index = inverted_index(
+        *(block_indices, q_positions),
+        num_keys=num_keys,
+        block_size=block_size,
+        size=ITEM_QUERIES,
+        span=max(SPAN, -(-num_keys // MOST_SPANS)),
+    )
+    ends = (jnp.arange(-(-num_keys // block_size), dtype=jnp.int32) + 1) * block_size - 1
     passed = jax.vmap(lambda x: search(x, ends))(q_positions).astype(jnp.int32)
     partial = selected_backward.dk_dv_of_items(
         *(q_heads, keys, values, d_out_heads, lse2, delta),
-        *(index.queries, index.items, passed, q_positions),
+        *(index.queries, index.items, index.order, passed, q_positions),
         block_size=block_size,
         scale=scale,
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.common import (
+    FLOAT_TRANSFORMS,
     LOG2E,
     OF_COLUMNS,
     REGISTERS,
@@ -25,8 +26,9 @@ from pallas_kernels.mosaic_gpu.common import (
     by_row,
     divide,
     full,
-    product,
+    in_registers,
     products,
+    products_and_sum,
     share_work,
     smem,
 )
@@ -42,6 +44,9 @@ from pallas_kernels.mosaic_gpu.selected_walk import (
 
 #: Whose warpgroup it is, of the kernel for dk and dv.
 _DV, _DK, _MEMORY = range(3)
+
+#: Warps of a warpgroup.
+WARPS = 4
 
 
 def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
@@ -137,8 +142,21 @@ def _dq_step(keys, acc, q_rows, d_out_rows, row_lse2, row_delta, c):
     return accumulate(acc, ds, keys.keys)
 
 
+def item_stages(features, v_features):
+    """How many steps of an item have their rows in shared memory: at least two, see below."""
+    stage = 2 * ROWS * (features + v_features)
+    keys, probabilities = 2 * KEYS * (features + v_features), 4 * KEYS * ROWS
+    room = launch.SHARED_MEMORY - SMALL - keys - probabilities
+    return min(room // stage, MOST_STAGES)
+
+
+def _fit(features, width):
+    """Whether a thread has registers for keys of `features` beside a gradient of `width`."""
+    return features / 4 + width / 2 <= 128
+
+
 def dk_dv_of_items(
-    q, k, v, d_out, lse2, delta, queries, items, passed, q_positions, *, block_size, scale
+    q, k, v, d_out, lse2, delta, queries, items, order, passed, q_positions, *, block_size, scale
 ):
     """What each item gives to dk and dv.
 
@@ -149,7 +167,7 @@ def dk_dv_of_items(
       d_out: [B, T, K, heads, V].
       lse2: float32 [B, T, K, heads], in base 2; +inf on empty rows and for heads that are padding.
       delta: float32 like lse2.
-      queries, items: of `lists.InvertedIndex`.
+      queries, items, order: of `lists.InvertedIndex`.
       passed: int32 [B, blocks], the first query that sees the block whole.
       q_positions: int32 [B, T].
       block_size: l'.
@@ -162,19 +180,19 @@ def dk_dv_of_items(
     batch, _, groups, heads, features = q.shape
     v_features, num_items = v.shape[3], items.shape[2]
     parts, each = block_size // KEYS, ROWS // heads
-    stage = 2 * ROWS * (features + v_features)
-    stages = min((launch.SHARED_MEMORY - SMALL - stage) // stage, MOST_STAGES)
-    c = scale * LOG2E
+    stages, c = item_stages(features, v_features), scale * LOG2E
 
     def selected_dk_dv(
-        q, k, v, d_out, lse2, delta, queries, items, passed, q_positions, dk, dv, scratch
+        q, k, v, d_out, lse2, delta, queries, items, order, passed, q_positions, dk, dv, scratch
     ):
-        k_smem, v_smem, keys_loaded, raw, q_smem, d_out_smem, *columns, ring = scratch
+        k_smem, v_smem, keys_loaded, raw, q_smem, d_out_smem, *columns, ring, handed = scratch
         (lse2_smem, delta_smem), (loaded, released) = columns, ring
+        p_smem, p_there, p_free = handed
         warpgroup = jax.lax.axis_index("warpgroup")
         rest, part = divide(jax.lax.axis_index("program"), parts)
-        rest, item = divide(rest, num_items)
+        rest, place = divide(rest, num_items)
         b, g = divide(rest, groups)
+        item = order[b, g, place]
         block, start, count = (items[b, g, item, i] for i in range(3))
         first_key = pl.multiple_of(block * block_size + part * KEYS, KEYS)
         steps = jax.lax.div(count + each - 1, each)
@@ -190,32 +208,46 @@ def dk_dv_of_items(
             last = q_positions[b, query(count - 1)] - first_key
             load_reached(v.at[keys], v_smem, keys_loaded, raw, last)
 
-            @pl.loop(0, steps)
-            def _(n):
-                slot = jax.lax.rem(n, stages)
-                # Before the wait and the copies, which no compiler moves a read across.
-                wanted = [query(n * each + i) for i in range(each)]
+            def copy(query, slot, i):
+                """Copies query i of a step."""
+                at, there, rows = (b, query, g), loaded.at[slot], pl.ds(i * heads, heads)
+                for source, target in ((q, q_smem), (d_out, d_out_smem)):
+                    plgpu.copy_gmem_to_smem(source.at[at], target.at[slot, rows], there)
+                for source, target in ((lse2, lse2_smem), (delta, delta_smem)):
+                    # Copies that mind bounds must begin at multiples of 128 bytes in shared
+                    # memory; the numbers of one query are as few as 32 bytes.
+                    plgpu.copy_gmem_to_smem(
+                        *(source.at[at], target.at[slot, rows], there),
+                        oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+                    )
 
-                @pl.when(n >= stages)
-                def _():
+            @plgpu.warp_map
+            def _(warp):
+                def wanted(n):
+                    """The queries of step n that this warp copies."""
+                    return [query(n * each + i + warp) for i in range(0, each, WARPS)]
+
+                @pl.loop(0, steps, init_carry=wanted(jnp.int32(0)))
+                def _(n, mine):
+                    slot = jax.lax.rem(n, stages)
+                    # Before the wait and the copies, which no compiler moves a read across.
+                    following = wanted(n + 1)
+
+                    @pl.when(n >= stages)
+                    def _():
+                        plgpu.barrier_wait(released.at[slot])
+
+                    for i in range(each):
+
+                        @pl.when(warp == i % WARPS)
+                        def _(i=i):
+                            copy(mine[i // WARPS], slot, i)
+
+                    return following
+
+                @pl.loop(0, jnp.minimum(steps, stages))
+                def _(slot):
                     plgpu.barrier_wait(released.at[slot])
-
-                there = loaded.at[slot]
-                for i in range(each):
-                    at, rows = (b, wanted[i], g), pl.ds(i * heads, heads)
-                    for source, target in ((q, q_smem), (d_out, d_out_smem)):
-                        plgpu.copy_gmem_to_smem(source.at[at], target.at[slot, rows], there)
-                    for source, target in ((lse2, lse2_smem), (delta, delta_smem)):
-                        # Copies that mind bounds must begin at multiples of 128 bytes in shared
-                        # memory; the numbers of one query are as few as 32 bytes.
-                        plgpu.copy_gmem_to_smem(
-                            *(source.at[at], target.at[slot, rows], there),
-                            oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
-                        )
-
-            @pl.loop(0, jnp.minimum(steps, stages))
-            def _(slot):
-                plgpu.barrier_wait(released.at[slot])
 
         def seen(n):
             """Which keys [KEYS, ROWS] the queries of step n have passed; none beyond the last."""
@@ -229,62 +261,94 @@ def dk_dv_of_items(
                 mask = of_query if mask is None else mask | of_query
             return mask
 
-        def probabilities(scores, n, slot, whole):
+        def probabilities(n, scores, whole):
+            """Those of step n, which the other warpgroup gets too."""
             if not whole:
                 scores = jnp.where(seen(n), scores, -jnp.inf)
-            column_lse2 = plgpu.load(lse2_smem.at[slot], layout=OF_COLUMNS)
-            return jnp.exp2(scores * c - by_column(column_lse2, scores.shape))
+            column_lse2 = plgpu.load(lse2_smem.at[jax.lax.rem(n, stages)], layout=OF_COLUMNS)
+            p = jnp.exp2(scores * c - by_column(column_lse2, scores.shape))
+            plgpu.barrier_wait(p_free)
+            p_smem[...] = p
+            plgpu.barrier_arrive(p_there)
+            return p
 
-        def add_to_dv(acc, n, slot, whole):
-            scores = product(k_smem, q_smem.at[slot].transpose((1, 0)))
-            p = probabilities(scores, n, slot, whole)
-            return accumulate(acc, p.astype(q.dtype), d_out_smem.at[slot])
+        def score_gradient(n, dp):
+            """ds of step n, once the other warpgroup has its probabilities."""
+            column_delta = plgpu.load(delta_smem.at[jax.lax.rem(n, stages)], layout=OF_COLUMNS)
+            plgpu.barrier_wait(p_there)
+            p = plgpu.load(p_smem, layout=TILE)
+            plgpu.barrier_arrive(p_free)
+            return p * (dp - by_column(column_delta, dp.shape))
 
-        def add_to_dk(acc, n, slot, whole):
-            p, dp = products(
-                (
-                    (k_smem, q_smem.at[slot].transpose((1, 0))),
-                    (v_smem, d_out_smem.at[slot].transpose((1, 0))),
-                ),
-                lambda scores: probabilities(scores, n, slot, whole),
-            )
-            column_delta = plgpu.load(delta_smem.at[slot], layout=OF_COLUMNS)
-            ds = p * (dp - by_column(column_delta, dp.shape))
-            return accumulate(acc, ds.astype(q.dtype), q_smem.at[slot])
+        def accumulated(own, met, added, loops):
+            """The sum over steps of between(n, own @ met[n]^T) @ added[n].
 
-        def over_steps(add, acc):
-            def step(n, acc, whole):
+            The product of a step and, behind it, the sum of the step before are in flight together.
+
+            Args:
+              own: [KEYS, features].
+              met, added: [stages, ROWS, features] in shared memory.
+              loops: pairs of what says of a step whether this loop goes on with it, and of its
+                `between`. Step 0 belongs to the first.
+            """
+            own = in_registers(own) if _fit(own.shape[1], added.shape[2]) else own
+
+            def weigh(n):
                 slot = jax.lax.rem(n, stages)
                 plgpu.barrier_wait(loaded.at[slot])
-                acc = add(acc, n, slot, whole)
-                plgpu.barrier_arrive(released.at[slot])
-                return acc
+                return ((own, met.at[slot].transpose((1, 0))),)
 
+            def step(between, state):
+                n, acc, weights = state
+                before = jax.lax.rem(n - 1, stages)
+                weights, acc = products_and_sum(
+                    weigh(n), acc, weights, added.at[before], functools.partial(between, n)
+                )
+                plgpu.barrier_arrive(released.at[before])
+                return n + 1, acc, weights.astype(q.dtype)
+
+            zero = jnp.int32(0)
+            (weights,) = products(weigh(zero), functools.partial(loops[0][1], zero))
+            state = zero + 1, full((KEYS, added.shape[2]), 0.0), weights.astype(q.dtype)
+            for goes_on, between in loops:
+                state = jax.lax.while_loop(
+                    lambda state, goes_on=goes_on: goes_on(state[0]),
+                    functools.partial(step, between),
+                    state,
+                )
+            last = jax.lax.rem(steps - 1, stages)
+            acc = accumulate(*state[1:], added.at[last])
+            plgpu.barrier_arrive(released.at[last])
+            return acc
+
+        @pl.when((warpgroup == _DV) & (count > 0))
+        def _():
+            plgpu.set_max_registers(REGISTERS[2][0], action="increase")
+            masked, whole = (functools.partial(probabilities, whole=x) for x in (False, True))
             # Positions rise with the queries: those that do not see all of the keys come first.
             all_whole, full_steps = passed[b, block], jax.lax.div(count, each)
-            n, acc = jax.lax.while_loop(
-                lambda carry: (carry[0] < full_steps) & (query(carry[0] * each) < all_whole),
-                lambda carry: (carry[0] + 1, step(*carry, whole=False)),
-                (jnp.int32(0), acc),
+            loops = (
+                (lambda n: (n < full_steps) & (query(n * each) < all_whole), masked),
+                (lambda n: n < full_steps, whole),
+                (lambda n: n < steps, masked),
             )
-            acc = jax.lax.fori_loop(n, full_steps, functools.partial(step, whole=True), acc)
-            return jax.lax.fori_loop(full_steps, steps, functools.partial(step, whole=False), acc)
+            plgpu.barrier_wait(keys_loaded)
+            acc = accumulated(k_smem, q_smem, d_out_smem, loops)
+            plgpu.barrier_wait(p_free)
+            dv.at[b, g, item, pl.ds(part * KEYS, KEYS)][...] = acc
 
-        for own, add, out, width, factor in (
-            (_DV, add_to_dv, dv, v_features, 1.0),
-            (_DK, add_to_dk, dk, features, scale),
-        ):
-
-            @pl.when((warpgroup == own) & (count > 0))
-            def _(add=add, out=out, width=width, factor=factor):
-                plgpu.set_max_registers(REGISTERS[2][0], action="increase")
-                plgpu.barrier_wait(keys_loaded)
-                acc = over_steps(add, full((KEYS, width), 0.0))
-                out.at[b, g, item, pl.ds(part * KEYS, KEYS)][...] = acc * factor
+        @pl.when((warpgroup == _DK) & (count > 0))
+        def _():
+            plgpu.set_max_registers(REGISTERS[2][0], action="increase")
+            plgpu.barrier_arrive(p_free)
+            plgpu.barrier_wait(keys_loaded)
+            loops = ((lambda n: n < steps, score_gradient),)
+            acc = accumulated(v_smem, d_out_smem, q_smem, loops)
+            dk.at[b, g, item, pl.ds(part * KEYS, KEYS)][...] = acc * scale
 
     return launch.launch(
         selected_dk_dv,
-        *(q, k, v, d_out, lse2, delta, queries, items, passed, q_positions),
+        *(q, k, v, d_out, lse2, delta, queries, items, order, passed, q_positions),
         out_type=tuple(
             jax.ShapeDtypeStruct((*items.shape[:3], block_size, x.shape[3]), jnp.float32)
             for x in (k, v)
@@ -303,6 +367,11 @@ def dk_dv_of_items(
             (
                 plgpu.Barrier(num_arrivals=4 * each, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            ),
+            (
+                plgpu.SMEM((KEYS, ROWS), jnp.float32, transforms=FLOAT_TRANSFORMS),
+                plgpu.Barrier(),
+                plgpu.Barrier(),
             ),
         ),
     )

@@ -367,9 +367,11 @@ def _key_gradients(q, k, v, block_indices, q_positions, lse, d_out, delta, sizes
         return jnp.zeros_like(k), jnp.zeros_like(v)
     cut = _tuning("selected_dkv", q, v)
     keys = min(cut.keys, padded(block_size))
-    num_blocks = triton.cdiv(k.shape[1], block_size)
-    queries, items, first_items = inverted_index(
-        block_indices, num_blocks=num_blocks, size=ITEM_QUERIES
+    queries, items, first_items, _ = inverted_index(
+        *(block_indices, jnp.minimum(q_positions, k.shape[1] - 1)),
+        num_keys=k.shape[1],
+        block_size=block_size,
+        size=ITEM_QUERIES,
     )
     shape = (*items.shape[:3], block_size)
     dk, dv = launch.launch(

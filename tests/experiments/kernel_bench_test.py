@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import importlib.util
+import itertools
 import json
 
 import chex
@@ -15,7 +17,7 @@ from matplotlib import image
 from experiments import kernel_bench, kernel_sweep, timing
 from nsa_jax.config import NSAConfig
 from nsa_jax.ops import dense
-from tests.arg_specs import ArgSpec
+from tests.arg_specs import BENCHMARK, ArgSpec
 
 SPEC = ArgSpec(2, 77, 6, 2, 8, 16, NSAConfig(8, 4, 16, num_selected_blocks=3, window_size=20))
 
@@ -33,7 +35,7 @@ def run():
 
 def test_it_measures_and_writes(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-3)
-    names = "select_blocks,nsa,dense_cudnn"
+    names = "select_blocks,selected_overlap,nsa,dense_cudnn"
     output = tmp_path / "results" / "kernels_v1.2"
     run(
         *("--implementation=xla", "--shapes=tiny", "--lengths=64", f"--only={names}"),
@@ -65,6 +67,7 @@ def test_mistakes_are_sentences(run):
         "--shapes=huge": "'huge' is none of paper",
         "--only=windows": "'windows' is none of compressed",
         "--lengths=4k": "'4k' is no number of tokens",
+        "--peers=flash": "'flash' is none of fla, xunhao",
     }.items():
         with pytest.raises(Exception, match=sentence):
             run("--implementation=xla", flag)
@@ -76,9 +79,34 @@ def test_a_refusal_ends_the_run_with_its_sentence(run):
         run("--implementation=triton")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="fla is installed")
+def test_a_peer_that_is_not_there_ends_the_run_with_its_sentence(run):
+    with pytest.raises(
+        SystemExit, match=r"--peers=fla: .*pip install torch flash-linear-attention"
+    ):
+        run("--implementation=xla", "--shapes=tiny", "--peers=fla")
+
+
+def test_blocks_of_neighbouring_queries_overlap():
+    spec = dataclasses.replace(BENCHMARK["paper"], length=16384, num_heads=32, num_kv_heads=2)
+    blocks = np.asarray(timing.overlapping_blocks(spec))
+    assert blocks.shape == (1, 16384, 2, 16)
+    own = (np.arange(16384) // 64)[:, None, None]
+    assert ((blocks >= -1) & (blocks <= own)).all()
+    for forced in (0, own - 1, own):
+        assert (blocks == np.maximum(forced, 0)).any(axis=3).all()
+    shared = []
+    for before, after in itertools.pairwise(blocks[0, :, 0].tolist()):
+        chosen, earlier = (set(x) - {-1} for x in (after, before))
+        assert len(chosen) == 16 - after.count(-1), "distinct"
+        shared.append(len(chosen & earlier) / len(chosen))
+    # Of 16 blocks, 13 are drawn anew every fourth query: 3.25 / 16 change, less those drawn twice.
+    assert 0.79 < np.mean(shared[8192:]) < 0.83
+
+
 def test_useful_flop_are_those_of_the_visible_pairs():
     blocks = jax.random.randint(jax.random.key(0), (2, 77, 2, 3), -1, 5)
-    counted = kernel_bench.visible_pairs(SPEC, blocks)
+    counted = kernel_bench.visible_pairs(SPEC, {"selected": blocks})
     t, j = np.arange(77)[:, None], np.arange(77)
     complete = np.arange(18) * 4 + 7 <= t
     chosen = (np.asarray(blocks)[..., None] == j // 16).sum(-2) * (j <= t)[:, None]

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.mosaic.gpu.launch_context import LaunchContext
 
 from nsa_jax.ops import reference
-from pallas_kernels.mosaic_gpu import launch, lists, selected
+from pallas_kernels.mosaic_gpu import launch, lists, selected, selected_backward
 from pallas_kernels.mosaic_gpu.selected import selected_attention
 from tests import gates
 from tests.mosaic_gpu.interpreter import interpreted
@@ -112,6 +112,28 @@ def test_agrees_on_random_blocks_and_reads_nothing_else(size):
     positions = jnp.minimum(positions, keys - 1)
     expected = value_and_gradients(lambda *x: oracle(*x, blocks, positions, block_size, 0.3), *wide)
     assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_items_of_more_steps_than_there_are_stages(head_dim, monkeypatch):
+    """A step gives its memory back only when the product of the next one is under way."""
+    monkeypatch.setattr(selected, "ITEM_QUERIES", 64)
+    steps = selected_backward.item_stages(head_dim, head_dim) + 2
+    queries, start = 4 * steps - 1, 60  # queries 4 on have passed the first block
+    q, k, v = random_arrays(1, queries, 128, 1, 16, head_dim, head_dim)
+    blocks = jnp.zeros((1, queries, 1, 1), jnp.int32)
+    where = (blocks, positions_from(start, 1, queries), 64, 0.3)
+    with interpreted():
+        actual = value_and_gradients(lambda *x: selected_attention(*x, *where), q, k, v)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = value_and_gradients(lambda *x: oracle(*x, *where), *wide)
+    assert_close(actual, expected, q.dtype)
+
+
+def test_a_step_may_keep_the_rows_of_the_one_before():
+    for head_dim in launch.HEAD_DIMS:
+        for v_head_dim in launch.V_HEAD_DIMS:
+            assert selected_backward.item_stages(head_dim, v_head_dim) >= 2
 
 
 def test_a_query_that_has_passed_what_only_earlier_ones_selected():
