@@ -3,7 +3,8 @@
 They depend on PyTorch and Triton, on which nsa_jax does not:
 
     fla     flash-linear-attention: pip install torch flash-linear-attention
-    xunhao  github.com/XunhaoLai/native-sparse-attention-triton, on PYTHONPATH
+    xunhao  github.com/XunhaoLai/native-sparse-attention-triton, on PYTHONPATH, with a Triton before
+            3.9, which has no block pointers any more
 
 What of them computes the same as one of our operations, on the same arrays, is timed: fla selects
 by means of blocks of 64 keys that do not overlap, a quarter of the paper's compressed keys, so its
@@ -62,7 +63,7 @@ def _xunhao_selected(name):
         ops = importlib.import_module("native_sparse_attention.ops.triton.topk_sparse_attention")
         variables = _variables(arrays, "selected")
         blocks = _tensor(jnp.moveaxis(_blocks_first(arrays[name])[0], 0, 1))
-        lengths = _lengths(spec.length)
+        lengths = _lengths(spec.length, blocks)
 
         def run():
             rows = (x.squeeze(0) for x in variables)
@@ -74,21 +75,22 @@ def _xunhao_selected(name):
     return make
 
 
-def _lengths(length):
-    """Where sequences begin and end, of which there is one."""
-    return _torch().tensor([0, length], dtype=_torch().int32, device="cuda")
+def _lengths(length, like):
+    """Where sequences begin and end, of which there is one; on the device of a tensor."""
+    return _torch().tensor([0, length], dtype=_torch().int32, device=like.device)
 
 
 def _xunhao_compressed(spec: ArgSpec, arrays):
     ops = importlib.import_module("native_sparse_attention.ops.triton.compressed_attention")
     variables, nsa = _variables(arrays, "compressed"), spec.nsa
-    num_keys = variables[1].shape[1]
+    lengths = spec.length, variables[1].shape[1]
 
     def run():
         out, _ = ops.CompressedAttention.apply(
             *(x.squeeze(0) for x in variables),
             *(nsa.compress_block_size, nsa.compress_stride),
-            *(_lengths(spec.length), _lengths(num_keys), spec.length, num_keys),
+            *(_lengths(x, variables[0]) for x in lengths),
+            *lengths,
             spec.head_dim**-0.5,
         )
         return out[None]
@@ -100,14 +102,15 @@ def _xunhao_both(spec: ArgSpec, arrays):
     """The compressed branch and the choice of blocks, which come together."""
     ops = importlib.import_module("native_sparse_attention.ops.triton.compressed_attention")
     variables, nsa = _variables(arrays, "compressed"), spec.nsa
-    num_keys = variables[1].shape[1]
+    lengths = spec.length, variables[1].shape[1]
 
     def run():
         out, _ = ops.compressed_attention(
             *(x.squeeze(0) for x in variables),
             *(nsa.compress_block_size, nsa.compress_stride),
             *(nsa.select_block_size, nsa.num_selected_blocks),
-            *(_lengths(spec.length), _lengths(num_keys), spec.length, num_keys),
+            *(_lengths(x, variables[0]) for x in lengths),
+            *lengths,
             init_blocks=nsa.num_initial_blocks,
             local_blocks=nsa.num_local_blocks,
         )

@@ -4,7 +4,8 @@
                   walks.py, which ones these are, and interval_backward.py
     rows.py       which rows a tile has, and their copies
     selected.py   selected_attention; selected_walk.py, how tiles walk the blocks of their queries,
-                  selected_forward.py and selected_backward.py, what they do there
+                  selected_forward.py and selected_dq.py, what they do there;
+                  selected_dkv.py, how blocks gather the queries that selected them
     lists.py      the unions of those blocks
     blocks.py     select_blocks; ranking.py, its choice of the top n
     common.py     what the kernels share on the device

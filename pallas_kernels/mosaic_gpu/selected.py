@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lists import inverted_index, search
-from pallas_kernels.mosaic_gpu import launch, lists, rows, selected_backward, tuning
+from pallas_kernels.mosaic_gpu import launch, lists, rows, selected_dkv, selected_dq, tuning
 from pallas_kernels.mosaic_gpu.common import ROWS, TILE_ROWS, padded_keys
 from pallas_kernels.mosaic_gpu.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
 from pallas_kernels.mosaic_gpu.selected_forward import forward
@@ -90,7 +90,7 @@ def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, bl
     keys, values = padded_keys(k), padded_keys(v)
 
     unions, positions = _tiles("selected_dq", q, k, v, block_indices, q_positions, block_size)
-    dq = selected_backward.dq(
+    dq = selected_dq.dq(
         *(q_heads, keys, values, d_out_heads),
         *(_to_rows(x, positions.shape[2], fill) for x, fill in ((lse2, jnp.inf), (delta, 0))),
         *(unions, positions),
@@ -106,14 +106,14 @@ def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, bl
     )
     ends = (jnp.arange(-(-num_keys // block_size), dtype=jnp.int32) + 1) * block_size - 1
     passed = jax.vmap(lambda x: search(x, ends))(q_positions).astype(jnp.int32)
-    partial = selected_backward.dk_dv_of_items(
+    partial = selected_dkv.dk_dv_of_items(
         *(q_heads, keys, values, d_out_heads, lse2, delta),
         *(index.queries, index.items, index.order, passed, q_positions),
         block_size=block_size,
         scale=scale,
     )
     dk, dv = (
-        selected_backward.sum_items(x, index.first_items, like)[:, :num_keys]
+        selected_dkv.sum_items(x, index.first_items, like)[:, :num_keys]
         for x, like in zip(partial, (keys, values), strict=True)
     )
     return _join_heads(dq, q.shape[2] // num_kv_heads), dk, dv

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.mosaic.gpu.launch_context import LaunchContext
 
 from nsa_jax.ops import reference
-from pallas_kernels.mosaic_gpu import launch, lists, selected, selected_backward
+from pallas_kernels.mosaic_gpu import launch, lists, selected, selected_dkv
 from pallas_kernels.mosaic_gpu.selected import selected_attention
 from tests import gates
 from tests.mosaic_gpu.interpreter import interpreted
@@ -118,7 +118,7 @@ def test_agrees_on_random_blocks_and_reads_nothing_else(size):
 def test_items_of_more_steps_than_there_are_stages(head_dim, monkeypatch):
     """A step gives its memory back only when the product of the next one is under way."""
     monkeypatch.setattr(selected, "ITEM_QUERIES", 64)
-    steps = selected_backward.item_stages(head_dim, head_dim) + 2
+    steps = selected_dkv.stages(head_dim, head_dim) + 2
     queries, start = 4 * steps - 1, 60  # queries 4 on have passed the first block
     q, k, v = random_arrays(1, queries, 128, 1, 16, head_dim, head_dim)
     blocks = jnp.zeros((1, queries, 1, 1), jnp.int32)
@@ -133,7 +133,7 @@ def test_items_of_more_steps_than_there_are_stages(head_dim, monkeypatch):
 def test_a_step_may_keep_the_rows_of_the_one_before():
     for head_dim in launch.HEAD_DIMS:
         for v_head_dim in launch.V_HEAD_DIMS:
-            assert selected_backward.item_stages(head_dim, v_head_dim) >= 2
+            assert selected_dkv.stages(head_dim, v_head_dim) >= 2
 
 
 def test_a_query_that_has_passed_what_only_earlier_ones_selected():
