@@ -234,12 +234,13 @@ def measure(plan: Plan, functions: dict, limits: dict, repeats: int, public=()):
 
 def _measure_peer(peer, plan, functions, arrays, limits, least, repeats):
     """Yields the rows of a public implementation."""
+    wanted = [x for x in peers.PEERS[peer].operations if set(x.split("_and_")) <= set(plan.cases)]
     ours = {}
-    for name in peers.PEERS[peer].operations:
-        function = functions.get((name, "forward"), "not timed")
+    for name in wanted:
+        function = functions.get((name, "forward"), "not one of ours")
         if not isinstance(function, str):
             ours[name] = function(*(arrays[x] for x in plan.cases[name].arguments))
-    for row in peers.measure(peer, plan.spec, arrays, ours, repeats):
+    for row in peers.measure(peer, wanted, plan.spec, arrays, ours, repeats):
         columns = _columns(row.pop("result"), limits, least.get((row["operation"], row["pass"])))
         yield row | {"operation": f"{row['operation']}_{peer}"} | columns
 

@@ -167,11 +167,14 @@ def missing(name: str) -> str | None:
     return None
 
 
-def measure(name: str, spec: ArgSpec, arrays: dict, ours: dict, repeats: int) -> Iterator[dict]:
+def measure(
+    name: str, operations: list[str], spec: ArgSpec, arrays: dict, ours: dict, repeats: int
+) -> Iterator[dict]:
     """Times a peer.
 
     Args:
       name: of PEERS.
+      operations: which of its operations.
       spec: the shapes.
       arrays: the inputs of `timing.inputs`.
       ours: by operation, what ours returns of them.
@@ -181,7 +184,8 @@ def measure(name: str, spec: ArgSpec, arrays: dict, ours: dict, repeats: int) ->
       By operation and pass, dicts with a `timing.Timing` or the sentence of why there is none as
       "result" and, forward, "difference", the largest one from what ours returns.
     """
-    for operation, make in PEERS[name].operations.items():
+    for operation in operations:
+        make = PEERS[name].operations[operation]
         made = timing.attempt(lambda make=make: make(spec, arrays))
         if isinstance(made, str):
             yield {"operation": operation, "pass": "forward", "result": made}

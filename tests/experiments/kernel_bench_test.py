@@ -1,10 +1,12 @@
 """The benchmark end to end on a CPU at a tiny shape, and what it computes beside the times."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib.util
 import itertools
 import json
+import types
 
 import chex
 import jax
@@ -14,7 +16,7 @@ from absl import app, flags
 from absl.testing import flagsaver
 from matplotlib import image
 
-from experiments import kernel_bench, kernel_sweep, timing
+from experiments import kernel_bench, kernel_sweep, peers, timing
 from nsa_jax.config import NSAConfig
 from nsa_jax.ops import dense
 from tests.arg_specs import BENCHMARK, ArgSpec
@@ -85,6 +87,32 @@ def test_a_peer_that_is_not_there_ends_the_run_with_its_sentence(run):
         SystemExit, match=r"--peers=fla: .*pip install torch flash-linear-attention"
     ):
         run("--implementation=xla", "--shapes=tiny", "--peers=fla")
+
+
+def test_a_peer_is_timed_on_the_same_arrays(run, tmp_path, monkeypatch):
+    """One that is ours in another's clothes differs by nothing; what is not ours is left out."""
+
+    def selected(spec, arrays):
+        case = timing.cases(spec, "xla")["selected"]
+        function = jax.jit(case.function)
+        return lambda: function(*(arrays[x] for x in case.arguments)), []
+
+    operations = {"selected": selected, "selected_overlap": selected}
+    monkeypatch.setitem(peers.PEERS, "twin", peers.Peer("json", "", operations))
+    torch = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(synchronize=lambda: None, empty_cache=lambda: None),
+        no_grad=contextlib.nullcontext,
+    )
+    monkeypatch.setattr(peers, "_torch", lambda: torch)
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-3)
+    run(
+        *("--implementation=xla", "--shapes=tiny", "--lengths=64", "--only=selected"),
+        *("--repeats=2", "--peers=twin", f"--output={tmp_path / 'twins'}"),
+    )
+    rows = json.loads((tmp_path / "twins.json").read_text())["cases"]
+    assert [(x["operation"], x["pass"]) for x in rows[2:]] == [("selected_twin", "forward")]
+    assert rows[2]["difference"] == 0
+    assert rows[2]["floor_ms"] == rows[0]["floor_ms"]
 
 
 def test_blocks_of_neighbouring_queries_overlap():
