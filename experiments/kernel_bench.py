@@ -239,7 +239,9 @@ def _measure_peer(peer, plan, functions, arrays, limits, least, repeats):
     for name in wanted:
         function = functions.get((name, "forward"), "not one of ours")
         if not isinstance(function, str):
-            ours[name] = function(*(arrays[x] for x in plan.cases[name].arguments))
+            arguments = [arrays[x] for x in plan.cases[name].arguments]
+            out = timing.attempt(lambda f=function, arguments=arguments: f(*arguments))
+            ours |= {} if isinstance(out, str) else {name: out}
     for row in peers.measure(peer, wanted, plan.spec, arrays, ours, repeats):
         columns = _columns(row.pop("result"), limits, least.get((row["operation"], row["pass"])))
         yield row | {"operation": f"{row['operation']}_{peer}"} | columns

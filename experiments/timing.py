@@ -277,7 +277,7 @@ def overlapping_blocks(spec: ArgSpec, changed: float = 0.2):
     """Random selected blocks, of which those of neighbouring queries overlap.
 
     Of each query, the forced blocks and, from as many equal parts of those between them as blocks
-    are left, one each; one after the other, these are drawn anew.
+    are left, one each. Each of these is drawn anew every few queries, not all of them at once.
 
     Args:
       spec: the shapes.
@@ -293,7 +293,7 @@ def overlapping_blocks(spec: ArgSpec, changed: float = 0.2):
     query = jnp.arange(spec.length)[:, None]
     own, slot = query // nsa.select_block_size, jnp.arange(drawn)
 
-    draws = spec.length // period + 2
+    draws = (spec.length + drawn) // period + 1
     numbers = jax.random.uniform(jax.random.key(2), (spec.batch, draws, spec.num_kv_heads, drawn))
     number = numbers[:, (query + slot) // period, :, slot]  # [T, drawn, B, K]
     between = jnp.maximum(own + 1 - forced, 0)

@@ -3,8 +3,8 @@
 Forward and for dq, a tile of queries walks the union of its blocks, which each kind of kernel makes
 in its own way. For dk and dv, each block meets the queries that selected it, in ascending order, by
 the inverted index; a list that is long, as block 0's is when everybody selects it, is cut into
-items of equal size, so that no program has more to do than another. Lists may be cut into spans of
-positions as well, so that programs that run together read queries that lie together.
+items of limited size, so that no program has much more to do than another. Lists may be cut into
+spans of positions as well, so that programs that run together read queries that lie together.
 """
 
 import functools
@@ -37,7 +37,7 @@ class InvertedIndex(NamedTuple):
 
     Attributes:
       queries: int32 [B * T * K * M], sorted by batch, group and block, ascending within a block;
-        those of entries without a block come last.
+        those of entries without a block, or with one that the query has not reached, come last.
       items: int32 [B, K, items, 3]: of each item its block, where its queries begin in `queries`,
         and how many they are; 0 beyond the last item.
       first_items: int32 [B, K, blocks + 1]: the first item of each block, then their number.
@@ -87,7 +87,7 @@ def inverted_index(
     cells = num_blocks * spans  # of each row: the queries of a block and a span
 
     position = q_positions[:, :, None, None]
-    real = (block_indices >= 0) & (block_indices * block_size <= position)
+    real = (block_indices >= 0) & (block_indices <= position // block_size)
     cell = jnp.where(real, block_indices * spans + position // span, -1)
     cell = jnp.moveaxis(cell, 2, 1).reshape(rows, -1)
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
@@ -106,7 +106,8 @@ def inverted_index(
     reached = sum(
         -(-min(end, num_keys) // block_size) for end in range(span, num_keys + span, span)
     )
-    item = jnp.arange(num_queries * num_selected // size + reached, dtype=jnp.int32)
+    entries = num_queries * num_selected
+    item = jnp.arange(min(entries // size + reached, entries), dtype=jnp.int32)
     cell = jax.vmap(lambda ends: search(ends, item, side="right"))(ends)
     cell = jnp.minimum(cell, cells - 1).astype(jnp.int32)
     take = jax.vmap(jnp.take)

@@ -8,6 +8,7 @@ own: no atomics anywhere.
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -165,7 +166,11 @@ def stages(features, v_features):
 
 
 def _gather(item, rows, ring):
-    """Copies the rows of the item's queries into the ring, every warp those of a query of its own.
+    """Copies the rows of the item's queries into the ring, the warps side by side.
+
+    Every warp copies something in every step, for a fourth of the queries or, where a step has
+    fewer than four, some of the arrays: one that copied nothing could fall behind by two phases of
+    a barrier, which it could not tell from none.
 
     Args:
       item: an `_Item`.
@@ -174,25 +179,25 @@ def _gather(item, rows, ring):
     """
     each, heads, num_stages = item.each, ROWS // item.each, ring.loaded.shape[0]
 
-    def copy(query, slot, i):
-        """Copies query i of a step."""
-        at, there = (item.batch, query, item.group), ring.loaded.at[slot]
-        target = slot, pl.ds(i * heads, heads)
-        for source, stage in zip(rows[:2], (ring.q, ring.d_out), strict=True):
-            plgpu.copy_gmem_to_smem(source.at[at], stage.at[target], there)
-        for source, stage in zip(rows[2:], (ring.lse2, ring.delta), strict=True):
-            # Copies that mind bounds must begin at multiples of 128 bytes in shared memory; the
-            # numbers of one query are as few as 32 bytes.
-            plgpu.copy_gmem_to_smem(
-                *(source.at[at], stage.at[target], there),
-                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
-            )
+    targets = ring.q, ring.d_out, ring.lse2, ring.delta
+
+    def copy(query, slot, i, array):
+        """Copies what an array has of query i of a step."""
+        at, target = (item.batch, query, item.group), (slot, pl.ds(i * heads, heads))
+        # Copies that mind bounds must begin at multiples of 128 bytes in shared memory; the numbers
+        # of one query are as few as 32 bytes.
+        of_numbers = {"oob_mode": plgpu.OOBFillMode.PROMISE_IN_BOUNDS}
+        plgpu.copy_gmem_to_smem(
+            *(rows[array].at[at], targets[array].at[target], ring.loaded.at[slot]),
+            **(of_numbers if rows[array].ndim == 4 else {}),
+        )
 
     @plgpu.warp_map
     def _(warp):
         def wanted(n):
             """The queries of step n that this warp copies."""
-            return [item.query(n * each + i + warp) for i in range(0, each, _WARPS)]
+            own = jax.lax.rem(warp, each)
+            return [item.query(n * each + i + own) for i in range(0, each, _WARPS)]
 
         @pl.loop(0, item.steps, init_carry=wanted(jnp.int32(0)))
         def _(n, mine):
@@ -204,11 +209,13 @@ def _gather(item, rows, ring):
             def _():
                 plgpu.barrier_wait(ring.released.at[slot])
 
-            for i in range(each):
+            for own in range(_WARPS):
 
-                @pl.when(warp == i % _WARPS)
-                def _(i=i):
-                    copy(mine[i // _WARPS], slot, i)
+                @pl.when(warp == own)
+                def _(own=own):
+                    for i, array in itertools.product(range(each), range(len(rows))):
+                        if (i + array * each) % _WARPS == own:
+                            copy(mine[i // _WARPS], slot, i, array)
 
             return following
 
