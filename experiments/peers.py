@@ -12,6 +12,7 @@ compressed branch is another operation. Neither has a kernel of its own for the 
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 
@@ -51,6 +52,11 @@ def _variables(arrays, name):
     return [_tensor(x, True) for x in (arrays["q"], *arrays[name])]
 
 
+def _lengths(length, like):
+    """Where sequences begin and end, of which there is one; on the device of a tensor."""
+    return _torch().tensor([0, length], dtype=_torch().int32, device=like.device)
+
+
 def _blocks_first(blocks):
     """Blocks [B, T, K, n] in ascending order, those that are none (-1) last."""
     none = jnp.iinfo(jnp.int32).max
@@ -75,48 +81,29 @@ def _xunhao_selected(name):
     return make
 
 
-def _lengths(length, like):
-    """Where sequences begin and end, of which there is one; on the device of a tensor."""
-    return _torch().tensor([0, length], dtype=_torch().int32, device=like.device)
+def _xunhao_compressed(selecting: bool):
+    """The compressed branch; `selecting`, with the choice of blocks, which comes only with it."""
 
+    def make(spec: ArgSpec, arrays):
+        ops = importlib.import_module("native_sparse_attention.ops.triton.compressed_attention")
+        variables, nsa = _variables(arrays, "compressed"), spec.nsa
+        lengths = spec.length, variables[1].shape[1]
+        sizes = nsa.compress_block_size, nsa.compress_stride
+        attend = ops.CompressedAttention.apply
+        if selecting:
+            sizes += nsa.select_block_size, nsa.num_selected_blocks
+            fixed = {"init_blocks": nsa.num_initial_blocks, "local_blocks": nsa.num_local_blocks}
+            attend = functools.partial(ops.compressed_attention, **fixed)
 
-def _xunhao_compressed(spec: ArgSpec, arrays):
-    ops = importlib.import_module("native_sparse_attention.ops.triton.compressed_attention")
-    variables, nsa = _variables(arrays, "compressed"), spec.nsa
-    lengths = spec.length, variables[1].shape[1]
+        def run():
+            rows = (x.squeeze(0) for x in variables)
+            ends = (_lengths(x, variables[0]) for x in lengths)
+            out, _ = attend(*rows, *sizes, *ends, *lengths)
+            return out[None]
 
-    def run():
-        out, _ = ops.CompressedAttention.apply(
-            *(x.squeeze(0) for x in variables),
-            *(nsa.compress_block_size, nsa.compress_stride),
-            *(_lengths(x, variables[0]) for x in lengths),
-            *lengths,
-            spec.head_dim**-0.5,
-        )
-        return out[None]
+        return run, [] if selecting else variables
 
-    return run, variables
-
-
-def _xunhao_both(spec: ArgSpec, arrays):
-    """The compressed branch and the choice of blocks, which come together."""
-    ops = importlib.import_module("native_sparse_attention.ops.triton.compressed_attention")
-    variables, nsa = _variables(arrays, "compressed"), spec.nsa
-    lengths = spec.length, variables[1].shape[1]
-
-    def run():
-        out, _ = ops.compressed_attention(
-            *(x.squeeze(0) for x in variables),
-            *(nsa.compress_block_size, nsa.compress_stride),
-            *(nsa.select_block_size, nsa.num_selected_blocks),
-            *(_lengths(x, variables[0]) for x in lengths),
-            *lengths,
-            init_blocks=nsa.num_initial_blocks,
-            local_blocks=nsa.num_local_blocks,
-        )
-        return out[None]
-
-    return run, []
+    return make
 
 
 def _fla_selected(name):
@@ -148,8 +135,8 @@ PEERS = {
         "native_sparse_attention.ops.triton.topk_sparse_attention",
         "github.com/XunhaoLai/native-sparse-attention-triton on PYTHONPATH, beside PyTorch",
         {
-            "compressed": _xunhao_compressed,
-            "compressed_and_select_blocks": _xunhao_both,
+            "compressed": _xunhao_compressed(selecting=False),
+            "compressed_and_select_blocks": _xunhao_compressed(selecting=True),
             "selected": _xunhao_selected("blocks"),
             "selected_overlap": _xunhao_selected("overlapping"),
         },

@@ -36,8 +36,7 @@ def test_inverted_index_lists_every_entry_once():
         for b, t, g, m in np.ndindex(*blocks.shape)
         if blocks[b, t, g, m] >= 0 and blocks[b, t, g, m] * block_size <= positions[b, t]
     }
-    arrays = (jnp.asarray(x, jnp.int32) for x in (blocks, positions))
-    blocks, positions = arrays
+    blocks, positions = (jnp.asarray(x, jnp.int32) for x in (blocks, positions))
     for size, span in ((1, None), (3, 7), (50, 32), (200, 100), (8, 1)):
         index = inverted_index(
             blocks, positions, num_keys=num_keys, block_size=block_size, size=size, span=span

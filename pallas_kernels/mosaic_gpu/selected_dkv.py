@@ -16,7 +16,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu import launch
+from pallas_kernels.mosaic_gpu import launch, walks
 from pallas_kernels.mosaic_gpu.common import (
     FLOAT_TRANSFORMS,
     LOG2E,
@@ -24,6 +24,7 @@ from pallas_kernels.mosaic_gpu.common import (
     REGISTERS,
     ROWS,
     TILE,
+    Turns,
     accumulate,
     by_column,
     divide,
@@ -34,12 +35,13 @@ from pallas_kernels.mosaic_gpu.common import (
     smem,
 )
 from pallas_kernels.mosaic_gpu.selected_walk import KEYS, MOST_STAGES, SMALL, load_reached
+from pallas_kernels.mosaic_gpu.warps import WARP_ROWS
 
-#: What each warpgroup makes, or does.
+#: What each warpgroup makes, or does; the first two take turns.
 _DV, _DK, _MEMORY = range(3)
 
 #: Warps of a warpgroup.
-_WARPS = 4
+_WARPS = ROWS // WARP_ROWS
 
 
 class _Item(NamedTuple):
@@ -128,33 +130,26 @@ class _Ring(NamedTuple):
         return jax.lax.rem(n, self.loaded.shape[0])
 
 
-class _Handed(NamedTuple):
+class _Handed:
     """Probabilities [KEYS, ROWS] on their way from one warpgroup to the other."""
 
-    p: Any
-    there: Any
-    free: Any
+    def __init__(self, p, barriers):
+        """Takes shared memory for them and the barriers of `Turns`."""
+        self._p, self._turns = p, Turns(barriers)
+        self.begin, self.end = self._turns.begin, self._turns.end
 
     def give(self, p):
         """Waits until those of the step before are taken."""
-        plgpu.barrier_wait(self.free)
-        self.p[...] = p
-        plgpu.barrier_arrive(self.there)
+        self._turns.take()
+        self._p[...] = p
+        self._turns.give()
 
     def take(self):
         """Waits for those of the next step."""
-        plgpu.barrier_wait(self.there)
-        p = plgpu.load(self.p, layout=TILE)
-        plgpu.barrier_arrive(self.free)
+        self._turns.take()
+        p = plgpu.load(self._p, layout=TILE)
+        self._turns.give()
         return p
-
-    def begin_taking(self):
-        """Says that there is room."""
-        plgpu.barrier_arrive(self.free)
-
-    def end_giving(self):
-        """Waits until the last ones are taken."""
-        plgpu.barrier_wait(self.free)
 
 
 def stages(features, v_features):
@@ -219,9 +214,7 @@ def _gather(item, rows, ring):
 
             return following
 
-        @pl.loop(0, jnp.minimum(item.steps, num_stages))
-        def _(slot):
-            plgpu.barrier_wait(ring.released.at[slot])
+        walks.drain(item.steps, num_stages, ring.released)
 
 
 def _seen(item, n, q_positions):
@@ -313,7 +306,7 @@ def _dv(item, keys, ring, handed, passed, q_positions, c):
     )
     plgpu.barrier_wait(keys.loaded)
     acc = _gradient(item, ring, keys.keys, ring.q, ring.d_out, loops)
-    handed.end_giving()
+    handed.end()
     return acc
 
 
@@ -324,7 +317,7 @@ def _dk(item, keys, ring, handed):
         delta = plgpu.load(ring.delta.at[ring.slot(n)], layout=OF_COLUMNS)
         return handed.take() * (dp - by_column(delta, dp.shape))
 
-    handed.begin_taking()
+    handed.begin()
     plgpu.barrier_wait(keys.loaded)
     loops = ((lambda n: n < item.steps, score_gradient),)
     return _gradient(item, ring, keys.values, ring.d_out, ring.q, loops)
@@ -359,7 +352,8 @@ def dk_dv_of_items(
     def selected_dk_dv(
         q, k, v, d_out, lse2, delta, queries, items, order, passed, q_positions, dk, dv, scratch
     ):
-        keys, ring, handed = scratch
+        keys, ring, *handed = scratch
+        handed = _Handed(*handed)
         item = _Item.of_program(queries, items, order, block_size, each)
         warpgroup = jax.lax.axis_index("warpgroup")
 
@@ -413,11 +407,8 @@ def dk_dv_of_items(
                 loaded=barriers(num_arrivals=4 * each),
                 released=barriers(num_arrivals=2),
             ),
-            _Handed(
-                plgpu.SMEM((KEYS, ROWS), jnp.float32, transforms=FLOAT_TRANSFORMS),
-                there=plgpu.Barrier(),
-                free=plgpu.Barrier(),
-            ),
+            plgpu.SMEM((KEYS, ROWS), jnp.float32, transforms=FLOAT_TRANSFORMS),
+            plgpu.Barrier(num_barriers=2),
         ),
     )
 
