@@ -445,6 +445,8 @@ def main(argv):
     limits = timing.ceilings(_REPEATS.value)
     record = timing.hardware("experiments.kernel_bench")
     record |= {"implementation": implementation, "dtype": "bfloat16"}
+    if _PEERS.value:
+        record["peers"] = peers.versions(_PEERS.value)
     record["ceilings"] = timing.rounded(limits)
     print(", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
     head = f"{'shape':<10} {'length':>7} {'operation':<17} {'pass':<9}"

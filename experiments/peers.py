@@ -14,6 +14,7 @@ compressed branch is another operation. Neither has a kernel of its own for the 
 import dataclasses
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -152,6 +153,13 @@ def missing(name: str) -> str | None:
     except Exception as error:  # a driver or a Triton that it does not go with, too
         return f"--peers={name}: {peer.module} cannot be imported ({error}). Get it: {peer.source}."
     return None
+
+
+def versions(names: list[str]) -> dict[str, str]:
+    """What peers that were found by `missing` say of their versions, and what they depend on."""
+    modules = ("torch", "triton", *(PEERS[x].module.split(".")[0] for x in names))
+    found = {x: sys.modules[x] for x in modules if x in sys.modules}
+    return {x: getattr(module, "__version__", "unknown") for x, module in found.items()}
 
 
 def measure(

@@ -109,7 +109,9 @@ def test_a_peer_is_timed_on_the_same_arrays(run, tmp_path, monkeypatch):
         *("--implementation=xla", "--shapes=tiny", "--lengths=64", "--only=selected"),
         *("--repeats=2", "--peers=twin", f"--output={tmp_path / 'twins'}"),
     )
-    rows = json.loads((tmp_path / "twins.json").read_text())["cases"]
+    record = json.loads((tmp_path / "twins.json").read_text())
+    assert record["peers"]["json"] == json.__version__
+    rows = record["cases"]
     assert [(x["operation"], x["pass"]) for x in rows[2:]] == [("selected_twin", "forward")]
     assert rows[2]["difference"] == 0
     assert rows[2]["floor_ms"] == rows[0]["floor_ms"]
