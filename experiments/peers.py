@@ -65,8 +65,17 @@ def _blocks_first(blocks):
     return jnp.where(ascending == none, -1, ascending)
 
 
+def _check_widths(spec: ArgSpec):
+    """Raises ValueError for values of another width, with which xunhao returns something else."""
+    if spec.head_dim != spec.v_head_dim:
+        raise ValueError(
+            f"xunhao takes as many features in v as in k, not {spec.v_head_dim} and {spec.head_dim}"
+        )
+
+
 def _xunhao_selected(name):
     def make(spec: ArgSpec, arrays):
+        _check_widths(spec)
         ops = importlib.import_module("native_sparse_attention.ops.triton.topk_sparse_attention")
         variables = _variables(arrays, "selected")
         blocks = _tensor(jnp.moveaxis(_blocks_first(arrays[name])[0], 0, 1))
@@ -86,6 +95,7 @@ def _xunhao_compressed(selecting: bool):
     """The compressed branch; `selecting`, with the choice of blocks, which comes only with it."""
 
     def make(spec: ArgSpec, arrays):
+        _check_widths(spec)
         ops = importlib.import_module("native_sparse_attention.ops.triton.compressed_attention")
         variables, nsa = _variables(arrays, "compressed"), spec.nsa
         lengths = spec.length, variables[1].shape[1]

@@ -117,6 +117,15 @@ def test_a_peer_is_timed_on_the_same_arrays(run, tmp_path, monkeypatch):
     assert rows[2]["floor_ms"] == rows[0]["floor_ms"]
 
 
+def test_a_peer_is_not_timed_with_what_it_does_not_compute():
+    spec = BENCHMARK["paper_192"]
+    operations = list(peers.PEERS["xunhao"].operations)
+    rows = list(peers.measure("xunhao", operations, spec, {}, {}, 1))
+    assert [row["operation"] for row in rows] == operations
+    for row in rows:
+        assert "as many features in v as in k, not 128 and 192" in row["result"]
+
+
 def test_blocks_of_neighbouring_queries_overlap():
     spec = dataclasses.replace(BENCHMARK["paper"], length=16384, num_heads=32, num_kv_heads=2)
     blocks = np.asarray(timing.overlapping_blocks(spec))
