@@ -155,14 +155,14 @@ def _interval_dq(
 
 
 def _interval_dkv(
-    q, k, v, d_out, table, intervals, numbers, dk, dv, scratch, *, cut, scale
+    q, k, v, d_out, table, own_table, intervals, numbers, dk, dv, scratch, *, cut, scale
 ):  # fmt: skip
     """dk and dv of a tile of keys from one chunk of the queries.
 
     Tiles of keys come fastest, so that programs that run together read the same queries. Scores are
     transposed: probabilities are register operands of the products that they enter. With 128 keys a
-    tile, each warpgroup has dk and dv of 64; else one has dk and the other one dv, which together
-    are too many registers.
+    tile, each warpgroup has dk and dv of 64, and passes over rows that see only keys of the other
+    one; else one has dk and the other one dv, which together are too many registers.
     """
     k_smem, v_smem, q_smem, d_out_smem, intervals_smem, numbers_smem, *barriers = scratch
     keys_there, rows_there, rows_free = barriers
@@ -177,6 +177,11 @@ def _interval_dkv(
 
     def keys(part):
         return pl.ds(pl.multiple_of(tile * cut.keys + part * ROWS, ROWS), ROWS)
+
+    def pass_over(n):
+        slot = jax.lax.rem(n, stages)
+        plgpu.barrier_wait(rows_there.at[slot])
+        plgpu.barrier_arrive(rows_free.at[slot])
 
     def compute(part, with_dk, with_dv):
         plgpu.set_max_registers(REGISTERS[COMPUTE][0], action="increase")
@@ -222,7 +227,14 @@ def _interval_dkv(
 
         zeros = (full((ROWS, x.shape[3]), 0.0) if some else None
                  for x, some in ((k, with_dk), (v, with_dv)))  # fmt: skip
-        dk_tile, dv_tile = walk.run(step, tuple(zeros))
+        last = own_table.shape[2] - 1
+        own = Walk.load(own_table, split, batch, jnp.minimum(tile * parts + part, last))
+        begin, end = walk.masked_of(own)
+        whole_step, masked_step = (functools.partial(step, masked=x) for x in (False, True))
+        state = jax.lax.fori_loop(0, walk.whole, whole_step, tuple(zeros))
+        pl.loop(walk.whole, begin)(pass_over)
+        dk_tile, dv_tile = jax.lax.fori_loop(begin, end, masked_step, state)
+        pl.loop(end, walk.steps)(pass_over)
         if with_dk:
             dk[split, batch, keys(part), kv_head, :] = (dk_tile * scale).astype(dk.dtype)
         if with_dv:
@@ -284,16 +296,16 @@ def _splits(programs, tiles):
     return max(min(ENOUGH_PROGRAMS // programs, LARGEST_SPLIT, tiles), 1)
 
 
-def _key_gradients(q, k, v, d_out, table, intervals, lse, delta, cut, scale):
+def _key_gradients(q, k, v, d_out, tables, intervals, lse, delta, cut, scale):
     """dk and dv, each [splits, B, S, K, features] with S up to a whole tile."""
-    splits, batch, tiles, _ = table.shape
+    splits, batch, tiles, _ = tables[0].shape
     num_kv_heads, group = q.shape[2:4]
     dtype = q.dtype if splits == 1 else jnp.float32
     parts, slots = cut.keys // ROWS, functools.partial(plgpu.Barrier, num_barriers=cut.stages)
     tile = functools.partial(smem, dtype=q.dtype)
     return launch.launch(
         functools.partial(_interval_dkv, cut=cut, scale=scale),
-        *(q, k, v, d_out, table, jnp.stack(intervals, axis=2), jnp.stack([lse, delta], axis=3)),
+        *(q, k, v, d_out, *tables, jnp.stack(intervals, axis=2), jnp.stack([lse, delta], axis=3)),
         out_type=tuple(
             jax.ShapeDtypeStruct((splits, batch, tiles * cut.keys, *x.shape[2:]), dtype)
             for x in (k, v)
@@ -337,9 +349,11 @@ def backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
     )
     cut = walks.lookup("interval_dkv", q, v)
     splits = _splits(pl.cdiv(num_keys, cut.keys) * batch * num_kv_heads, tiles)
-    table = walks.over_rows(lo, hi, num_keys, group, tiles, cut.keys, splits)
+    tables = [
+        walks.over_rows(lo, hi, num_keys, group, tiles, size, splits) for size in (cut.keys, ROWS)
+    ]
     gradients = _key_gradients(
-        padded_q, padded_k, padded_v, d_out, table, intervals, lse, delta, cut, scale
+        padded_q, padded_k, padded_v, d_out, tables, intervals, lse, delta, cut, scale
     )
     dk, dv = (sum(x[i, :, :num_keys] for i in range(splits)).astype(k.dtype) for x in gradients)
     return dq[:, :num_queries].reshape(q.shape), dk, dv

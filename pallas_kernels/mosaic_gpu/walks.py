@@ -67,6 +67,13 @@ class Walk(NamedTuple):
         masked, others = self.masked_first(size)
         return jnp.where(n == 0, masked, others.at(n - 1, size))
 
+    def masked_of(self, part):
+        """Begin and end of the masked steps that the walk over a part of the same range has too."""
+        begin = self.whole + part.first - self.first
+        end = part.first + part.steps - self.first
+        begin = jnp.clip(begin, self.whole, self.steps)
+        return begin, jnp.clip(end, begin, self.steps)
+
     def run(self, step, state):
         """Folds step(n, state, masked) over the steps."""
         state = jax.lax.fori_loop(0, self.whole, functools.partial(step, masked=False), state)
