@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.lists import inverted_index
 
@@ -24,12 +25,17 @@ def test_inverted_index_by_hand():
     assert index.order[0, 0].tolist() == [0, 1, 3, 2, 4, 5, 6, 7, 8, 9]
 
 
-def test_inverted_index_lists_every_entry_once():
-    """Of random blocks, some of them ahead of the query, for several sizes of items and spans."""
-    batch, num_queries, groups, num_keys, block_size = 2, 50, 3, 100, 8
+@pytest.mark.parametrize(
+    ("num_keys", "cuts"),
+    [(100, [(1, None), (3, 7), (50, 32), (200, 100), (8, 1)]), (90_000, [(3, 6300)])],
+    ids=["16_bits", "32_bits"],
+)
+def test_inverted_index_lists_every_entry_once(num_keys, cuts):
+    """Of random blocks, some ahead of the query: items of `size` and spans, few cells or many."""
+    batch, num_queries, groups, block_size = 2, 50, 3, 8
     rng = np.random.default_rng(0)
     blocks = rng.random((batch, num_queries, groups, 13)).argsort(axis=-1)[..., :4]
-    blocks = np.where(rng.random(blocks.shape) < 0.2, -1, blocks)
+    blocks = np.where(rng.random(blocks.shape) < 0.2, -1, blocks * (num_keys // 100))
     positions = np.sort(rng.choice(num_keys, (batch, num_queries)), axis=1)
     expected = {
         (b, g, blocks[b, t, g, m], t)
@@ -37,7 +43,7 @@ def test_inverted_index_lists_every_entry_once():
         if blocks[b, t, g, m] >= 0 and blocks[b, t, g, m] * block_size <= positions[b, t]
     }
     blocks, positions = (jnp.asarray(x, jnp.int32) for x in (blocks, positions))
-    for size, span in ((1, None), (3, 7), (50, 32), (200, 100), (8, 1)):
+    for size, span in cuts:
         index = inverted_index(
             blocks, positions, num_keys=num_keys, block_size=block_size, size=size, span=span
         )
