@@ -25,8 +25,11 @@ TILE_ROWS = 8
 #: one, both begin with more.
 REGISTERS = {2: (232, 40), 3: (160, 24)}
 
+#: 16-bit columns that the swizzle of shared memory leaves together.
+TILE_COLUMNS = 64
+
 #: How shared memory is laid out for the tensor cores: those tiles, swizzled.
-TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
+TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, TILE_COLUMNS)), plgpu.SwizzleTransform(128))
 #: The same for float32, which no product takes.
 FLOAT_TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 32)), plgpu.SwizzleTransform(128))
 
@@ -130,6 +133,11 @@ def in_registers(ref):
     Interpreted, it is; see `accumulate`.
     """
     return ref if launch.is_interpreted() else plgpu.load(ref, layout=TILE)
+
+
+def columns(ref):
+    """A 16-bit matrix in shared memory as parts of TILE_COLUMNS columns."""
+    return tuple(ref.at[:, pl.ds(i, TILE_COLUMNS)] for i in range(0, ref.shape[1], TILE_COLUMNS))
 
 
 def product(a, b, meanwhile=lambda: None):

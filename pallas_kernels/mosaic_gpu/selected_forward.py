@@ -15,7 +15,9 @@ from pallas_kernels.mosaic_gpu.common import (
     ROWS,
     accumulate,
     by_row,
+    columns,
     full,
+    in_registers,
     product,
     share_work,
     smem,
@@ -72,9 +74,12 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
             load_rows(walk, q, q_smem, loaded, place)
             position = walk.of_rows(positions.at[place.batch, place.tile])
             plgpu.barrier_wait(loaded)
+            q_tile = columns(q_smem)
+            if v_features <= 128:  # more would spill, as more of the queries would
+                q_tile = in_registers(q_tile[0]), *q_tile[1:]
 
             def step(keys, state):
-                return _step(keys, state, q_smem, scale * LOG2E)
+                return _step(keys, state, q_tile, scale * LOG2E)
 
             state = (
                 full((ROWS, v_features), 0.0),
@@ -125,14 +130,14 @@ def _folded(x):
     return functools.reduce(operator.add, tiles)
 
 
-def _step(keys, state, q_smem, c):
-    """Online softmax over KEYS more keys.
+def _step(keys, state, q_tile, c):
+    """Online softmax over KEYS more keys; the queries are parts of TILE_COLUMNS features.
 
     What the exponents of a row are relative to need not be the largest one so far. It rises only
     when one exceeds it by more than MARGIN, which is rare after the first block: where none of a
     warp does, nothing waits for a maximum over a row, and what has been added up needs no factor.
     """
-    scores = product(q_smem, keys.keys.transpose((1, 0)))
+    scores = product(q_tile, tuple(part.transpose((1, 0)) for part in columns(keys.keys)))
 
     def softmax(scores, acc, offset, total):
         if keys.seen is not None:

@@ -123,8 +123,8 @@ def test_walks_over_rows_by_hand():
     """16 tiles of 4 queries, of which query t sees the keys from 2 t - 100 on before 2 (t + 1)."""
     hi = 2 * jnp.arange(1, 65, dtype=jnp.int32)[None]
     over_rows = functools.partial(walks.over_rows, hi - 102, hi, 126, 16, 16, splits=1)
-    # first, steps, head, whole. Keys 0 to 63: everybody sees some, queries 31 to 50 see all. Keys 64
-    # to 125: seen from query 32 on, all of them from 62 on. So nobody sees them and key 0.
+    # first, steps, head, whole. Keys 0 to 63: everybody sees some, queries 31 to 50 see all. Keys
+    # 64 to 125: seen from query 32 on, all of them from 62 on, who does not see key 0.
     tile, first, second = (walks.Walk(*x) for x in (*over_rows(128)[0, 0], *over_rows(64)[0, 0]))
     assert tuple(map(int, tile)) == (0, 16, 16, 0)
     assert tuple(map(int, first)) == (0, 16, 8, 4)
