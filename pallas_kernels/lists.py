@@ -94,7 +94,7 @@ def inverted_index(
     keys = jnp.where(cell >= 0, row * cells + cell, rows * cells).reshape(-1)
     queries = jnp.arange(num_queries, dtype=jnp.int32).repeat(num_selected)
     queries = jnp.broadcast_to(queries, (rows, queries.size)).reshape(-1)
-    # A GPU sorts by radix: half the bits are half the passes.
+    # A GPU sorts by radix: half the bits are half the passes. The last number is that of no cell.
     keys = keys.astype(jnp.uint16 if rows * cells < 2**16 else jnp.int32)
     keys, queries = jax.lax.sort((keys, queries), num_keys=1, is_stable=True)
 

@@ -31,7 +31,7 @@ def test_inverted_index_by_hand():
     ids=["16_bits", "32_bits"],
 )
 def test_inverted_index_lists_every_entry_once(num_keys, cuts):
-    """Of random blocks, some ahead of the query: items of `size` and spans, few cells or many."""
+    """Of random blocks, some ahead of the query, sorted by numbers of 16 bits or of 32."""
     batch, num_queries, groups, block_size = 2, 50, 3, 8
     rng = np.random.default_rng(0)
     blocks = rng.random((batch, num_queries, groups, 13)).argsort(axis=-1)[..., :4]

@@ -161,8 +161,8 @@ def _interval_dkv(
 
     Tiles of keys come fastest, so that programs that run together read the same queries. Scores are
     transposed: probabilities are register operands of the products that they enter. With 128 keys a
-    tile, each warpgroup has dk and dv of 64, and passes over rows that see only keys of the other
-    one; else one has dk and the other one dv, which together are too many registers.
+    tile, each warpgroup has dk and dv of 64, and passes over tiles of rows that see none of those;
+    else one has dk and the other one dv, which together are too many registers.
     """
     k_smem, v_smem, q_smem, d_out_smem, intervals_smem, numbers_smem, *barriers = scratch
     keys_there, rows_there, rows_free = barriers
@@ -227,7 +227,7 @@ def _interval_dkv(
 
         zeros = (full((ROWS, x.shape[3]), 0.0) if some else None
                  for x, some in ((k, with_dk), (v, with_dv)))  # fmt: skip
-        last = own_table.shape[2] - 1
+        last = own_table.shape[2] - 1  # beyond it are no keys, and what is made is cut off
         own = Walk.load(own_table, split, batch, jnp.minimum(tile * parts + part, last))
         begin, end = walk.masked_of(own)
         whole_step, masked_step = (functools.partial(step, masked=x) for x in (False, True))
@@ -297,7 +297,10 @@ def _splits(programs, tiles):
 
 
 def _key_gradients(q, k, v, d_out, tables, intervals, lse, delta, cut, scale):
-    """dk and dv, each [splits, B, S, K, features] with S up to a whole tile."""
+    """dk and dv, each [splits, B, S, K, features] with S up to a whole tile.
+
+    The tables are walks over rows, of tiles of keys and of ROWS keys.
+    """
     splits, batch, tiles, _ = tables[0].shape
     num_kv_heads, group = q.shape[2:4]
     dtype = q.dtype if splits == 1 else jnp.float32

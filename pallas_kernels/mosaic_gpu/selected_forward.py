@@ -75,7 +75,8 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
             position = walk.of_rows(positions.at[place.batch, place.tile])
             plgpu.barrier_wait(loaded)
             q_tile = columns(q_smem)
-            if v_features <= 128:  # more would spill, as more of the queries would
+            # Values of 256 features leave no registers for it, and a third warpgroup not for more.
+            if v_features <= 128:
                 q_tile = in_registers(q_tile[0]), *q_tile[1:]
 
             def step(keys, state):

@@ -68,7 +68,10 @@ class Walk(NamedTuple):
         return jnp.where(n == 0, masked, others.at(n - 1, size))
 
     def masked_of(self, part):
-        """Begin and end of the masked steps that the walk over a part of the same range has too."""
+        """[begin, end) of the masked steps that `part` has too, the walk of some of the same keys.
+
+        Who sees all keys sees some of the part's, so what it lacks comes first or last.
+        """
         begin = self.whole + part.first - self.first
         end = part.first + part.steps - self.first
         begin = jnp.clip(begin, self.whole, self.steps)

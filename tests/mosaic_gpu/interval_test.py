@@ -112,48 +112,59 @@ def test_agrees_with_the_tunings_of_the_table(enough, monkeypatch):
     assert_agrees(random_arrays(1, 30, 160, 1, 8, 64, 64), jnp.zeros_like(hi), hi, -0.3, **table)
 
 
-def test_rows_that_see_the_keys_of_one_warpgroup():
-    """A window: for dk and dv, each warpgroup passes over rows that see only keys of the other."""
+def test_rows_that_see_the_keys_of_one_warpgroup(monkeypatch):
+    """A window: for dk and dv, a warpgroup has whole steps, others with a mask, and passes over."""
+    monkeypatch.setattr(interval_backward, "ENOUGH_PROGRAMS", 1)  # walks go round the ring
     hi = jnp.arange(1, 41, dtype=jnp.int32)[None] * 8
     cuts = SMALL_STEPS | {"interval_dkv": tuning.Tuning(128, 2)}
-    assert_agrees(random_arrays(1, 40, 320, 1, 16, 64, 64), hi - 40, hi, **cuts)
+    assert_agrees(random_arrays(1, 40, 320, 1, 16, 64, 64), hi - 200, hi, **cuts)
 
 
 def test_walks_over_rows_by_hand():
-    """16 tiles of 4 queries, of which query t sees the keys from 2 t - 100 on before 2 (t + 1)."""
-    hi = 2 * jnp.arange(1, 65, dtype=jnp.int32)[None]
-    over_rows = functools.partial(walks.over_rows, hi - 102, hi, 126, 16, 16, splits=1)
-    # first, steps, head, whole. Keys 0 to 63: everybody sees some, queries 31 to 50 see all. Keys
-    # 64 to 125: seen from query 32 on, all of them from 62 on, who does not see key 0.
+    """20 tiles of 4 queries, of which query t sees the 150 keys before 4 (t + 1)."""
+    hi = 4 * jnp.arange(1, 81, dtype=jnp.int32)[None]
+    over_rows = functools.partial(walks.over_rows, hi - 150, hi, 126, 16, 20, splits=1)
     tile, first, second = (walks.Walk(*x) for x in (*over_rows(128)[0, 0], *over_rows(64)[0, 0]))
-    assert tuple(map(int, tile)) == (0, 16, 16, 0)
-    assert tuple(map(int, first)) == (0, 16, 8, 4)
-    assert tuple(map(int, second)) == (8, 8, 8, 0)
-    assert tuple(map(int, tile.masked_of(first))) == (0, 16)
-    assert tuple(map(int, tile.masked_of(second))) == (8, 16)
+
+    def numbers(x):
+        return tuple(map(int, x))
+
+    # first, steps, head, whole. Keys 0 to 63: queries 0 to 52 see some, 15 to 36 see all. Keys 64
+    # to 125: queries 16 to 67 see some, 31 to 52 see all. So tiles 0 to 16 see any, and tile 8 all.
+    assert numbers(first) == (0, 14, 4, 5)
+    assert numbers(second) == (4, 13, 4, 5)
+    assert numbers(tile) == (0, 17, 8, 1)
+    assert numbers(map(tile.at, range(17))) == (8, *range(8), *range(9, 17))
+    # Tiles 0 to 7 and 9 to 13 see keys of the first half, 4 to 7 and 9 to 16 of the second one.
+    assert numbers(tile.masked_of(first)) == (1, 14)
+    assert numbers(tile.masked_of(second)) == (5, 17)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_walks_over_rows_miss_nobody(splits):
-    """Each warpgroup's steps are all of the tiles that see its keys; whole ones see all keys."""
+    """A warpgroup's steps include all tiles that see its keys; rows of whole ones see all keys."""
     batch, group, num_keys = 2, 8, 700
     lo, hi = rising_intervals(301, num_keys, batch)
+    lo = lo - 250  # so that some are long
     tiles = rows.num_tiles(301, group, walks.COMPUTE)
     tables = [walks.over_rows(lo, hi, num_keys, group, tiles, n, splits) for n in (128, 64)]
     query, key = np.arange(tiles * 8), np.arange(num_keys)
     bounds = [np.pad(x, [(0, 0), (0, query.size - 301)])[..., None] for x in (lo, hi)]
     sees = ((key >= bounds[0]) & (key < bounds[1])).reshape(batch, tiles, 8, num_keys)
+    some_are_whole = False
     for b, part in np.ndindex(batch, -(-num_keys // 64)):
         all_keys = sees[b, ..., part // 2 * 128 : (part // 2 + 1) * 128]
         met = []
         for table, own_table in zip(*tables, strict=True):
             walk, own = walks.Walk(*table[b, part // 2]), walks.Walk(*own_table[b, part])
             whole = [int(walk.at(n)) for n in range(walk.whole)]
+            some_are_whole |= bool(whole)
             met += whole + [int(walk.at(n)) for n in range(*map(int, walk.masked_of(own)))]
             assert all_keys[whole].all()
         assert len(set(met)) == len(met)
         seen = sees[b, ..., part * 64 : (part + 1) * 64].any(axis=(1, 2))
         assert set(met) >= set(np.flatnonzero(seen))
+    assert some_are_whole
 
 
 def test_reads_nothing_that_no_query_may_see():
