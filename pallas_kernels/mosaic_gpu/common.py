@@ -135,7 +135,7 @@ def in_registers(ref):
     return ref if launch.is_interpreted() else plgpu.load(ref, layout=TILE)
 
 
-def columns(ref):
+def tiles_of_columns(ref):
     """A 16-bit matrix in shared memory as parts of TILE_COLUMNS columns."""
     return tuple(ref.at[:, pl.ds(i, TILE_COLUMNS)] for i in range(0, ref.shape[1], TILE_COLUMNS))
 

@@ -229,12 +229,7 @@ def _interval_dkv(
                  for x, some in ((k, with_dk), (v, with_dv)))  # fmt: skip
         last = own_table.shape[2] - 1  # beyond it are no keys, and what is made is cut off
         own = Walk.load(own_table, split, batch, jnp.minimum(tile * parts + part, last))
-        begin, end = walk.masked_of(own)
-        whole_step, masked_step = (functools.partial(step, masked=x) for x in (False, True))
-        state = jax.lax.fori_loop(0, walk.whole, whole_step, tuple(zeros))
-        pl.loop(walk.whole, begin)(pass_over)
-        dk_tile, dv_tile = jax.lax.fori_loop(begin, end, masked_step, state)
-        pl.loop(end, walk.steps)(pass_over)
+        dk_tile, dv_tile = walk.run(step, tuple(zeros), own, pass_over)
         if with_dk:
             dk[split, batch, keys(part), kv_head, :] = (dk_tile * scale).astype(dk.dtype)
         if with_dv:

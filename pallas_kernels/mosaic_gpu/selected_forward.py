@@ -15,12 +15,12 @@ from pallas_kernels.mosaic_gpu.common import (
     ROWS,
     accumulate,
     by_row,
-    columns,
     full,
     in_registers,
     product,
     share_work,
     smem,
+    tiles_of_columns,
 )
 from pallas_kernels.mosaic_gpu.selected_walk import (
     TileWalk,
@@ -74,7 +74,7 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
             load_rows(walk, q, q_smem, loaded, place)
             position = walk.of_rows(positions.at[place.batch, place.tile])
             plgpu.barrier_wait(loaded)
-            q_tile = columns(q_smem)
+            q_tile = tiles_of_columns(q_smem)
             # Values of 256 features leave no registers for it, and a third warpgroup not for more.
             if v_features <= 128:
                 q_tile = in_registers(q_tile[0]), *q_tile[1:]
@@ -138,7 +138,7 @@ def _step(keys, state, q_tile, c):
     when one exceeds it by more than MARGIN, which is rare after the first block: where none of a
     warp does, nothing waits for a maximum over a row, and what has been added up needs no factor.
     """
-    scores = product(q_tile, tuple(part.transpose((1, 0)) for part in columns(keys.keys)))
+    scores = product(q_tile, tuple(part.transpose((1, 0)) for part in tiles_of_columns(keys.keys)))
 
     def softmax(scores, acc, offset, total):
         if keys.seen is not None:

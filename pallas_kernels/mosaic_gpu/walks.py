@@ -68,20 +68,34 @@ class Walk(NamedTuple):
         return jnp.where(n == 0, masked, others.at(n - 1, size))
 
     def masked_of(self, part):
-        """[begin, end) of the masked steps that `part` has too, the walk of some of the same keys.
+        """[begin, end) of the masked steps that `part`, the walk of some of the same keys, has too.
 
-        Who sees all keys sees some of the part's, so what it lacks comes first or last.
+        Who sees all keys sees the part's: it has all whole steps, and lacks the first or the last
+        of the masked ones.
         """
         begin = self.whole + part.first - self.first
         end = part.first + part.steps - self.first
         begin = jnp.clip(begin, self.whole, self.steps)
         return begin, jnp.clip(end, begin, self.steps)
 
-    def run(self, step, state):
-        """Folds step(n, state, masked) over the steps."""
-        state = jax.lax.fori_loop(0, self.whole, functools.partial(step, masked=False), state)
-        masked = functools.partial(step, masked=True)
-        return jax.lax.fori_loop(self.whole, self.steps, masked, state)
+    def run(self, step, state, part=None, pass_over=None):
+        """Folds step(n, state, masked) over the steps, or over those that `part` has too.
+
+        Args:
+          step: a function of the step, the state and whether it wants a mask.
+          state: what it begins with.
+          part: None, or a walk as `masked_of` takes it.
+          pass_over: a function of a step that the part lacks, called in its turn.
+        """
+        begin, end = (self.whole, self.steps) if part is None else self.masked_of(part)
+        whole, masked = (functools.partial(step, masked=x) for x in (False, True))
+        state = jax.lax.fori_loop(0, self.whole, whole, state)
+        if part is not None:
+            pl.loop(self.whole, begin)(pass_over)
+        state = jax.lax.fori_loop(begin, end, masked, state)
+        if part is not None:
+            pl.loop(end, self.steps)(pass_over)
+        return state
 
 
 def over_keys(lo, hi, num_keys, group, tiles, cut):
