@@ -250,7 +250,7 @@ def _interval_dkv(
                 plgpu.copy_gmem_to_smem(source, buffer.at[part], keys_there)
 
         def fill(n, slot):
-            there, at = rows_there.at[slot], walk.at(n)
+            there, at = rows_there.at[slot], walk.beside_others(n)
             rows.load(q, q_smem.at[slot], there, batch, kv_head, at)
             rows.load(d_out, d_out_smem.at[slot], there, batch, kv_head, at)
             plgpu.copy_gmem_to_smem(intervals.at[batch, at], intervals_smem.at[slot], there)

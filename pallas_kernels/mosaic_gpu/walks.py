@@ -54,6 +54,16 @@ class Walk(NamedTuple):
         masked = jnp.where(rest < self.head, rest, n)
         return self.first + jnp.where(rest < 0, self.head + n, masked) * size
 
+    def beside_others(self, n):
+        """Where the n-th step is, if walks of about one length run together, each a bit farther on.
+
+        Where the position modulo the number of whole steps is n: what several of them have in
+        common they reach at the same time, and not each one long after the other.
+        """
+        first, whole = self.first + self.head, jnp.maximum(self.whole, 1)
+        begin = whole - jax.lax.rem(first, whole)
+        return jnp.where(n < self.whole, first + jax.lax.rem(begin + n, whole), self.at(n))
+
     def masked_first(self, size):
         """Where a step begins that wants a mask if any does, and a walk over the others."""
         head, last = self.head > 0, self.steps - 1

@@ -140,6 +140,16 @@ def test_walks_over_rows_by_hand():
     assert numbers(tile.masked_of(second)) == (5, 17)
 
 
+def test_walks_beside_each_other_by_hand():
+    """Of a window of 10 tiles of rows, 2 and 3 of them masked, each walk 4 on from the last one."""
+    walk = walks.Walk(*(jnp.int32(x) for x in (4, 10, 2, 5)))
+    next_walk = walk._replace(first=jnp.int32(8))
+    # Whole are tiles 6 to 10 and 10 to 14, of which one is in both.
+    assert [int(walk.beside_others(n)) for n in range(10)] == [10, 6, 7, 8, 9, 4, 5, 11, 12, 13]
+    assert [int(next_walk.beside_others(n)) for n in range(5)] == [10, 11, 12, 13, 14]
+    assert int(walk._replace(whole=jnp.int32(0)).beside_others(3)) == 7
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_walks_over_rows_miss_nobody(splits):
     """A warpgroup's steps include all tiles that see its keys; rows of whole ones see all keys."""
@@ -157,7 +167,7 @@ def test_walks_over_rows_miss_nobody(splits):
         met = []
         for table, own_table in zip(*tables, strict=True):
             walk, own = walks.Walk(*table[b, part // 2]), walks.Walk(*own_table[b, part])
-            whole = [int(walk.at(n)) for n in range(walk.whole)]
+            whole = [int(walk.beside_others(n)) for n in range(walk.whole)]
             some_are_whole |= bool(whole)
             met += whole + [int(walk.at(n)) for n in range(*map(int, walk.masked_of(own)))]
             assert all_keys[whole].all()
