@@ -18,6 +18,7 @@ from pallas_kernels.mosaic_gpu.common import (
     accumulate,
     by_column,
     by_row,
+    divide,
     full,
     padded_keys,
     product,
@@ -155,14 +156,15 @@ def _interval_dq(
 
 
 def _interval_dkv(
-    q, k, v, d_out, table, own_table, intervals, numbers, dk, dv, scratch, *, cut, scale
+    q, k, v, d_out, table, own_table, intervals, numbers, dk, dv, scratch, *, cut, scale, short
 ):  # fmt: skip
     """dk and dv of a tile of keys from one chunk of the queries.
 
-    Tiles of keys come fastest, so that programs that run together read the same queries. Scores are
-    transposed: probabilities are register operands of the products that they enter. With 128 keys a
-    tile, each warpgroup has dk and dv of 64, and passes over tiles of rows that see none of those;
-    else one has dk and the other one dv, which together are too many registers.
+    Key/value heads and then tiles of keys come fastest, and walks are in an order in which programs
+    that run together read the same queries at the same time. Scores are transposed: probabilities
+    are register operands of the products that they enter. With 128 keys a tile, each warpgroup has
+    dk and dv of 64, and passes over tiles of rows that see none of those; else one has dk and the
+    other one dv, which together are too many registers.
     """
     k_smem, v_smem, q_smem, d_out_smem, intervals_smem, numbers_smem, *barriers = scratch
     keys_there, rows_there, rows_free = barriers
@@ -170,9 +172,12 @@ def _interval_dkv(
     warpgroup = jax.lax.axis_index("warpgroup")
     num_kv_heads, (tiles, parts) = k.shape[2], (table.shape[2], cut.keys // ROWS)
     program = jax.lax.axis_index("program")
-    tile, rest = jax.lax.rem(program, tiles), jax.lax.div(program, tiles)
-    split, rest = jax.lax.rem(rest, table.shape[0]), jax.lax.div(rest, table.shape[0])
-    kv_head, batch = jax.lax.rem(rest, num_kv_heads), jax.lax.div(rest, num_kv_heads)
+    rest, kv_head = divide(program, num_kv_heads)
+    rest, tile = divide(rest, tiles)
+    batch, split = divide(rest, table.shape[0])
+    # By the place in a row of the batch: no bit depends on which one it is.
+    wave = jax.lax.div(jax.lax.rem(program, tiles * num_kv_heads), launch.num_cores())
+    upwards = jax.lax.rem(wave, 2) == 1
     walk = Walk.load(table, split, batch, tile)
 
     def keys(part):
@@ -250,7 +255,8 @@ def _interval_dkv(
                 plgpu.copy_gmem_to_smem(source, buffer.at[part], keys_there)
 
         def fill(n, slot):
-            there, at = rows_there.at[slot], walk.beside_others(n)
+            there = rows_there.at[slot]
+            at = walk.beside_others(n) if short else walk.to_and_fro(n, upwards)
             rows.load(q, q_smem.at[slot], there, batch, kv_head, at)
             rows.load(d_out, d_out_smem.at[slot], there, batch, kv_head, at)
             plgpu.copy_gmem_to_smem(intervals.at[batch, at], intervals_smem.at[slot], there)
@@ -291,7 +297,7 @@ def _splits(programs, tiles):
     return max(min(ENOUGH_PROGRAMS // programs, LARGEST_SPLIT, tiles), 1)
 
 
-def _key_gradients(q, k, v, d_out, tables, intervals, lse, delta, cut, scale):
+def _key_gradients(q, k, v, d_out, tables, intervals, lse, delta, cut, scale, short):
     """dk and dv, each [splits, B, S, K, features] with S up to a whole tile.
 
     The tables are walks over rows, of tiles of keys and of ROWS keys.
@@ -302,7 +308,7 @@ def _key_gradients(q, k, v, d_out, tables, intervals, lse, delta, cut, scale):
     parts, slots = cut.keys // ROWS, functools.partial(plgpu.Barrier, num_barriers=cut.stages)
     tile = functools.partial(smem, dtype=q.dtype)
     return launch.launch(
-        functools.partial(_interval_dkv, cut=cut, scale=scale),
+        functools.partial(_interval_dkv, cut=cut, scale=scale, short=short),
         *(q, k, v, d_out, *tables, jnp.stack(intervals, axis=2), jnp.stack([lse, delta], axis=3)),
         out_type=tuple(
             jax.ShapeDtypeStruct((splits, batch, tiles * cut.keys, *x.shape[2:]), dtype)
@@ -351,7 +357,8 @@ def backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
         walks.over_rows(lo, hi, num_keys, group, tiles, size, splits) for size in (cut.keys, ROWS)
     ]
     gradients = _key_gradients(
-        padded_q, padded_k, padded_v, d_out, tables, intervals, lse, delta, cut, scale
+        *(padded_q, padded_k, padded_v, d_out, tables, intervals, lse, delta, cut, scale),
+        short=walks.are_short(longest),
     )
     dk, dv = (sum(x[i, :, :num_keys] for i in range(splits)).astype(k.dtype) for x in gradients)
     return dq[:, :num_queries].reshape(q.shape), dk, dv

@@ -64,6 +64,17 @@ class Walk(NamedTuple):
         begin = whole - jax.lax.rem(first, whole)
         return jnp.where(n < self.whole, first + jax.lax.rem(begin + n, whole), self.at(n))
 
+    def to_and_fro(self, n, upwards):
+        """Where the n-th step is, if walks of falling length with a common end run in waves.
+
+        Those of the first wave begin together and go down from the end, side by side; the shortest
+        leaves off first. The next wave's go up and are side by side again: each begins as much
+        later as it begins higher. So they come to the end together, and the third wave is as the
+        first one was.
+        """
+        turned = jnp.where(upwards, n, self.whole - 1 - n)
+        return self.at(jnp.where(n < self.whole, turned, n))
+
     def masked_first(self, size):
         """Where a step begins that wants a mask if any does, and a walk over the others."""
         head, last = self.head > 0, self.steps - 1
@@ -248,8 +259,13 @@ def intervals_of_rows(lo, hi, num_keys, group, tiles):
     return tuple(rows.from_queries(x, group, tiles, 0) for x in (lo, jnp.minimum(hi, num_keys)))
 
 
+def are_short(longest):
+    """Whether intervals that are at most `longest` are, None for no bound."""
+    return longest is not None and longest <= SHORT
+
+
 def lookup(kernel, q, v, longest=None):
     """The tuning of a kernel, or of its kind for intervals that are at most `longest`."""
-    if longest is not None and longest <= SHORT:
+    if are_short(longest):
         kernel = f"{kernel}_short"
     return tuning.lookup(kernel, q.shape[3], v.shape[3])

@@ -61,15 +61,17 @@ def value_and_gradients(attention, *arrays):
     return run(*arrays)
 
 
-def interpret(arrays, lo, hi, scale=0.3, **tunings):
-    with tuning.override(**(tunings or SMALL_STEPS)), interpreted():
-        results = value_and_gradients(lambda *x: interval_attention(*x, lo, hi, scale), *arrays)
-        return jax.block_until_ready(results)
+def interpret(arrays, lo, hi, scale=0.3, longest=None, **tunings):
+    tunings = tunings or SMALL_STEPS
+    short = {f"{kernel}_short": cut for kernel, cut in tunings.items()}
+    attention = functools.partial(interval_attention, lo=lo, hi=hi, scale=scale, longest=longest)
+    with tuning.override(**tunings, **short), interpreted():
+        return jax.block_until_ready(value_and_gradients(attention, *arrays))
 
 
-def assert_agrees(arrays, lo, hi, scale=0.3, clean=None, **tunings):
+def assert_agrees(arrays, lo, hi, scale=0.3, longest=None, clean=None, **tunings):
     """Compares with the oracle, which takes `clean` arrays if those of the kernels hold NaN."""
-    actual = interpret(arrays, lo, hi, scale, **tunings)
+    actual = interpret(arrays, lo, hi, scale, longest, **tunings)
     arrays = [x.astype(jnp.float32) for x in clean or arrays]
     expected = value_and_gradients(lambda *x: oracle(*x, lo, hi, scale), *arrays)
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
@@ -112,12 +114,13 @@ def test_agrees_with_the_tunings_of_the_table(enough, monkeypatch):
     assert_agrees(random_arrays(1, 30, 160, 1, 8, 64, 64), jnp.zeros_like(hi), hi, -0.3, **table)
 
 
-def test_rows_that_see_the_keys_of_one_warpgroup(monkeypatch):
+@pytest.mark.parametrize("longest", [None, 200])
+def test_rows_that_see_the_keys_of_one_warpgroup(longest, monkeypatch):
     """A window: for dk and dv, a warpgroup has whole steps, others with a mask, and passes over."""
     monkeypatch.setattr(interval_backward, "ENOUGH_PROGRAMS", 1)  # walks go round the ring
     hi = jnp.arange(1, 41, dtype=jnp.int32)[None] * 8
     cuts = SMALL_STEPS | {"interval_dkv": tuning.Tuning(128, 2)}
-    assert_agrees(random_arrays(1, 40, 320, 1, 16, 64, 64), hi - 200, hi, **cuts)
+    assert_agrees(random_arrays(1, 40, 320, 1, 16, 64, 64), hi - 200, hi, longest=longest, **cuts)
 
 
 def test_walks_over_rows_by_hand():
@@ -150,6 +153,13 @@ def test_walks_beside_each_other_by_hand():
     assert int(walk._replace(whole=jnp.int32(0)).beside_others(3)) == 7
 
 
+def test_walks_to_and_fro_by_hand():
+    """Masked steps stay where they are."""
+    walk = walks.Walk(*(jnp.int32(x) for x in (4, 6, 2, 3)))
+    assert [int(walk.to_and_fro(n, jnp.bool(True))) for n in range(6)] == [6, 7, 8, 4, 5, 9]
+    assert [int(walk.to_and_fro(n, jnp.bool(False))) for n in range(6)] == [8, 7, 6, 4, 5, 9]
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_walks_over_rows_miss_nobody(splits):
     """A warpgroup's steps include all tiles that see its keys; rows of whole ones see all keys."""
@@ -168,6 +178,9 @@ def test_walks_over_rows_miss_nobody(splits):
         for table, own_table in zip(*tables, strict=True):
             walk, own = walks.Walk(*table[b, part // 2]), walks.Walk(*own_table[b, part])
             whole = [int(walk.beside_others(n)) for n in range(walk.whole)]
+            assert sorted(whole) == sorted(
+                int(walk.to_and_fro(n, n < 0)) for n in range(walk.whole)
+            )
             some_are_whole |= bool(whole)
             met += whole + [int(walk.at(n)) for n in range(*map(int, walk.masked_of(own)))]
             assert all_keys[whole].all()
