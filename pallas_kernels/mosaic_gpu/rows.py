@@ -131,4 +131,6 @@ def store(ref, buffer, batch, kv_head, tile):
 
         @pl.when(query < ref.shape[1])
         def _(rows=rows, query=query, box=box):
-            plgpu.copy_smem_to_gmem(buffer.at[rows], box(query))
+            plgpu.copy_smem_to_gmem(buffer.at[rows], box(query), commit_group=False)
+
+    plgpu.commit_smem_to_gmem_group()  # one for all: each takes its time

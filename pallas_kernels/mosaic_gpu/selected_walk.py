@@ -317,7 +317,10 @@ def store_rows(walk, stage, ref, place):
         @pl.when(query < ref.shape[1])
         def _(i=i, query=query):
             rows = stage.at[pl.ds(i * walk.heads, walk.heads)]
-            plgpu.copy_smem_to_gmem(rows, ref.at[place.batch, query, place.group])
+            target = ref.at[place.batch, query, place.group]
+            plgpu.copy_smem_to_gmem(rows, target, commit_group=False)
+
+    plgpu.commit_smem_to_gmem_group()  # one for all: each takes its time
 
 
 def _queries(walk, place):
