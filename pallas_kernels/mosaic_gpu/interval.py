@@ -87,15 +87,19 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output leaves through their memory
         plgpu.barrier_arrive(q_free.at[jax.lax.rem(r, q_stages)])
 
+    def numbers(r):
+        batch, _, pair = work.place(r)
+        tile = pair * COMPUTE + warpgroup
+        return work.walk(r), *(
+            plgpu.load(x.at[batch, tile], layout=OF_ROWS, optimized=False) for x in (lo, hi)
+        )
+
     def compute(r, state):
-        before, walk = state
+        before, walk, row_lo, row_hi = state
         batch, kv_head, pair = work.place(r)
         first_key, others = walk.masked_first(size)
         tile, q_slot = pair * COMPUTE + warpgroup, jax.lax.rem(r, q_stages)
         q_rows = tuple(part.at[q_slot, warpgroup] for part in q_smem)
-        row_lo, row_hi = (
-            plgpu.load(x.at[batch, tile], layout=OF_ROWS, optimized=False) for x in (lo, hi)
-        )
         buffer = q_rows[0] if out_smem is None else out_smem.at[warpgroup]
         plgpu.barrier_wait(q_there.at[q_slot])
 
@@ -161,7 +165,6 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
 
         none, zero = (full((ROWS,), x, OF_ROWS) for x in (-jnp.inf, 0.0))
         scores = product(*queries_and_keys(0), release_last_queries)
-        next_walk = work.walk(jnp.minimum(r + 1, work.rounds - 1))  # early: it takes long to come
         p, _, *softmax = probabilities(0, first_key, scores, none, zero)
         state = full((ROWS, v_head_dim), 0.0), p.astype(q.dtype), *softmax
         acc, p, *softmax = others.run(later_step, state)
@@ -173,6 +176,8 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         if onto:
             plgpu.commit_smem()  # every warp is done with the queries
             load_other(0, buffer)
+        # Before they are needed: numbers out of global memory take longer than a product.
+        next_numbers = numbers(jnp.minimum(r + 1, work.rounds - 1))
         turns.take()
         acc = accumulate(acc, p, values(steps - 1, p))
         turns.give()
@@ -191,7 +196,7 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         rows.store(out, buffer, batch, kv_head, tile)
         if q_stages == 1:  # the next queries wait for it
             release_queries(r)
-        return before + steps, next_walk
+        return before + steps, *next_numbers
 
     def copy(r, before):
         (batch, kv_head, pair), walk = work.place(r), work.walk(r)
@@ -221,7 +226,7 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
 
     def compute_all():
         turns.begin()
-        jax.lax.fori_loop(0, work.rounds, compute, (jnp.int32(0), work.walk(0)))
+        jax.lax.fori_loop(0, work.rounds, compute, (jnp.int32(0), *numbers(0)))
         if q_stages > 1:
             release_queries(work.rounds - 1)
         turns.end()
