@@ -202,7 +202,7 @@ def products(operands, between):
     return pl.run_scoped(run, *(_accumulator(a, b) for a, b in operands))
 
 
-def accumulate(acc, p, v, meanwhile=lambda: None):
+def accumulate(acc, p, v):
     """acc + p @ v, where acc and p are in registers.
 
     Here, in `products_and_sum`, and in warps.py the interpreter runs another program than the
@@ -215,23 +215,29 @@ def accumulate(acc, p, v, meanwhile=lambda: None):
       acc: [M, V] float32.
       p: [M, K] in v's dtype.
       v: [K, V] in shared memory.
-      meanwhile: called once the product has begun; what it does overlaps with the product.
 
     Returns:
       [M, V] float32 in registers.
     """
-    if not launch.is_interpreted():
+    if launch.is_interpreted():
+        total = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # what was read like this may be overwritten by a copy
+        return total
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, p, v))(plgpu.ACC.init(acc))
 
-        def run(acc):
-            plgpu.wgmma(acc, p, v)
-            meanwhile()
 
-        return pl.run_state(run)(plgpu.ACC.init(acc))
+def accumulate_and(acc, p, v, meanwhile):
+    """The sum as `accumulate` makes it, and what `meanwhile` returns, which overlaps with it."""
+    if launch.is_interpreted():
+        return accumulate(acc, p, v), meanwhile()
 
-    meanwhile()
-    total = acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
-    plgpu.commit_smem()  # what was read like this may be overwritten by a copy
-    return total
+    def run(ref):
+        ref[...] = acc
+        plgpu.wgmma(ref, p, v)
+        result = meanwhile()
+        return ref[...], result
+
+    return pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
 
 
 def products_and_sum(operands, acc, p, v, between, meanwhile=lambda: None):

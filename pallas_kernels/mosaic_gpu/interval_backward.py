@@ -16,12 +16,12 @@ from pallas_kernels.mosaic_gpu.common import (
     ROWS,
     TILE,
     accumulate,
+    accumulate_and,
     by_column,
     by_row,
     divide,
     full,
     padded_keys,
-    product,
     products,
     products_and_sum,
     share_work,
@@ -51,16 +51,25 @@ def _interval_dq(
     overlapped = stages > 2
     warpgroup, work = jax.lax.axis_index("warpgroup"), walks.Work(table, k.shape[2])
 
-    def compute(r, before):
-        (batch, kv_head, pair), walk = work.place(r), work.walk(r)
-        first_key, others = walk.masked_first(size)
-        tile, row_slot = pair * COMPUTE + warpgroup, jax.lax.rem(r, row_stages)
-        q_rows, d_out_rows = (x.at[row_slot, warpgroup] for x in (q_smem, d_out_smem))
-        row_lo, row_hi, row_lse, row_delta = (
+    def numbers(r):
+        batch, kv_head, pair = work.place(r)
+        tile = pair * COMPUTE + warpgroup
+        return work.walk(r), *(
             plgpu.load(x, layout=OF_ROWS, optimized=False)
             for x in (*(x.at[batch, tile] for x in (lo, hi)),
                       *(x.at[batch, kv_head, tile] for x in (lse, delta)))
         )  # fmt: skip
+
+    def release_rows(r):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the result leaves through their memory
+        plgpu.barrier_arrive(rows_free.at[jax.lax.rem(r, row_stages)])
+
+    def compute(r, state):
+        before, walk, row_lo, row_hi, row_lse, row_delta = state
+        batch, kv_head, pair = work.place(r)
+        first_key, others = walk.masked_first(size)
+        tile, row_slot = pair * COMPUTE + warpgroup, jax.lax.rem(r, row_stages)
+        q_rows, d_out_rows = (x.at[row_slot, warpgroup] for x in (q_smem, d_out_smem))
         plgpu.barrier_wait(rows_there.at[row_slot])
 
         def slot(n):
@@ -96,10 +105,17 @@ def _interval_dq(
             plgpu.barrier_arrive(keys_free.at[slot(n)])
             return acc
 
-        def score_gradient(n, first_key):
-            between = functools.partial(probabilities, n, first_key)
+        def score_gradient(n, first_key, meanwhile=lambda: None):
+            def between(scores):
+                meanwhile()
+                return probabilities(n, first_key, scores)
+
             p, dp = products(operands(n), between)
             return gradient(p, dp, first_key)
+
+        def release_last_rows():
+            if row_stages > 1:
+                pl.when(r > 0)(lambda: release_rows(r - 1))
 
         def later_step(n, state, masked):
             first_key = others.at(n, size) if masked else None
@@ -113,17 +129,21 @@ def _interval_dq(
             return acc, gradient(p, dp, first_key)
 
         wait_for_keys(0)
-        zeros, ds = full((ROWS, q.shape[4]), 0.0), score_gradient(0, first_key)
+        acc, ds = full((ROWS, q.shape[4]), 0.0), score_gradient(0, first_key, release_last_rows)
         if overlapped:
-            acc = add(walk.steps - 1, *others.run(later_step, (zeros, ds)))
+            acc, ds = others.run(later_step, (acc, ds))
         else:
-            acc = others.run(later_step, add(0, zeros, ds))
+            acc = others.run(later_step, add(0, acc, ds))
+        # Before they are needed: numbers out of global memory take longer than a product.
+        next_numbers = numbers(jnp.minimum(r + 1, work.rounds - 1))
+        if overlapped:
+            acc = add(walk.steps - 1, acc, ds)
         q_rows[...] = (acc * scale).astype(dq.dtype)
         plgpu.commit_smem()
         rows.store(dq, q_rows, batch, kv_head, tile)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(rows_free.at[row_slot])
-        return before + walk.steps
+        if row_stages == 1:  # the next rows wait for it
+            release_rows(r)
+        return before + walk.steps, *next_numbers
 
     def copy(r, before):
         (batch, kv_head, pair), walk = work.place(r), work.walk(r)
@@ -145,7 +165,9 @@ def _interval_dq(
         return before + walk.steps
 
     def compute_all():
-        jax.lax.fori_loop(0, work.rounds, compute, jnp.int32(0))
+        jax.lax.fori_loop(0, work.rounds, compute, (jnp.int32(0), *numbers(0)))
+        if row_stages > 1:
+            release_rows(work.rounds - 1)
 
     def copy_all():
         steps = jax.lax.fori_loop(0, work.rounds, copy, jnp.int32(0))
@@ -160,11 +182,11 @@ def _interval_dkv(
 ):  # fmt: skip
     """dk and dv of a tile of keys from one chunk of the queries.
 
-    Key/value heads and then tiles of keys come fastest, and walks are in an order in which programs
-    that run together read the same queries at the same time. Scores are transposed: probabilities
-    are register operands of the products that they enter. With 128 keys a tile, each warpgroup has
-    dk and dv of 64, and passes over tiles of rows that see none of those; else one has dk and the
-    other one dv, which together are too many registers.
+    Key/value heads and then tiles of keys come fastest, and walks are in an order in which tiles of
+    a head that run together read the same queries at the same time. Scores are transposed:
+    probabilities are register operands of the products that they enter. With 128 keys a tile, each
+    warpgroup has dk and dv of 64, and passes over tiles of rows that see none of those; else one
+    has dk and the other one dv, which together are too many registers.
     """
     k_smem, v_smem, q_smem, d_out_smem, intervals_smem, numbers_smem, *barriers = scratch
     keys_there, rows_there, rows_free = barriers
@@ -175,7 +197,7 @@ def _interval_dkv(
     rest, kv_head = divide(program, num_kv_heads)
     rest, tile = divide(rest, tiles)
     batch, split = divide(rest, table.shape[0])
-    # By the place in a row of the batch: no bit depends on which one it is.
+    # Counted within a row of the batch, so that no bit depends on which one it is.
     wave = jax.lax.div(jax.lax.rem(program, tiles * num_kv_heads), launch.num_cores())
     upwards = jax.lax.rem(wave, 2) == 1
     walk = Walk.load(table, split, batch, tile)
@@ -183,24 +205,31 @@ def _interval_dkv(
     def keys(part):
         return pl.ds(pl.multiple_of(tile * cut.keys + part * ROWS, ROWS), ROWS)
 
+    def wait_for_rows(n):
+        @pl.when(n < walk.steps)
+        def _():
+            plgpu.barrier_wait(rows_there.at[jax.lax.rem(n, stages)])
+
     def pass_over(n):
-        slot = jax.lax.rem(n, stages)
-        plgpu.barrier_wait(rows_there.at[slot])
-        plgpu.barrier_arrive(rows_free.at[slot])
+        wait_for_rows(n + 1)
+        plgpu.barrier_arrive(rows_free.at[jax.lax.rem(n, stages)])
 
     def compute(part, with_dk, with_dv):
         plgpu.set_max_registers(REGISTERS[COMPUTE][0], action="increase")
         k_tile, v_tile = k_smem.at[part], v_smem.at[part]
         plgpu.barrier_wait(keys_there)
+        wait_for_rows(0)
 
         def step(n, state, masked):
             dk_tile, dv_tile = state
             slot = jax.lax.rem(n, stages)
             q_rows, d_out_rows = q_smem.at[slot], d_out_smem.at[slot]
-            plgpu.barrier_wait(rows_there.at[slot])
 
-            def of_rows(numbers, i):  # read late: in this layout, 16 registers of each thread
-                return plgpu.load(numbers.at[slot, i], layout=OF_COLUMNS)
+            def of_rows(ref, i):  # in this layout, 16 registers of each thread
+                return plgpu.load(ref.at[slot, i], layout=OF_COLUMNS)
+
+            # Before the products: beside them, which read shared memory too, it comes late.
+            row_lse = of_rows(numbers_smem, 0)
 
             def probabilities(scores):
                 shape = scores.shape
@@ -211,20 +240,30 @@ def _interval_dkv(
                     )
                     seen = walks.seen(key, by_column(row_lo, shape), by_column(row_hi, shape))
                     scores = jnp.where(seen, scores, -jnp.inf)
-                return jnp.exp2(scores * c - by_column(of_rows(numbers_smem, 0), shape))
+                p = jnp.exp2(scores * c - by_column(row_lse, shape))
+                # In registers before the wait, or the compiler might make them after the products.
+                p = jax.lax.optimization_barrier(p)
+                wait_for_rows(n + 1)
+                return p
 
-            of_scores = k_tile, q_rows.transpose((1, 0))
-            if with_dk:
-                of_dp = v_tile, d_out_rows.transpose((1, 0))
-                p, dp = products((of_scores, of_dp), probabilities)
-            else:
-                p = probabilities(product(*of_scores))
-            if with_dv:
-                dv_tile = accumulate(dv_tile, p.astype(q.dtype), d_out_rows)
-            if with_dk:
+            def score_gradient(p, dp):
                 ds = p * (dp - by_column(of_rows(numbers_smem, 1), p.shape))
                 if masked:
                     ds = jnp.where(p == 0, 0.0, ds)  # of a value that nobody sees it may be NaN
+                return jax.lax.optimization_barrier(ds)  # before a wait, as above
+
+            of_scores = k_tile, q_rows.transpose((1, 0))
+            of_dp = v_tile, d_out_rows.transpose((1, 0))
+            p, *dp = products([of_scores, of_dp] if with_dk else [of_scores], probabilities)
+            gradient = functools.partial(score_gradient, p, *dp) if with_dk else lambda: None
+            if with_dv:
+                dv_tile, ds = accumulate_and(dv_tile, p.astype(q.dtype), d_out_rows, gradient)
+            else:
+                ds = gradient()
+            if with_dk:
+                # Rounded only now: made while a sum reads registers, the operands of the next one
+                # would have the compiler wait for every product at once.
+                dv_tile, ds = jax.lax.optimization_barrier((dv_tile, ds))
                 dk_tile = accumulate(dk_tile, ds.astype(q.dtype), q_rows)
             plgpu.commit_smem()  # before copies overwrite the numbers that were read
             plgpu.barrier_arrive(rows_free.at[slot])
@@ -353,9 +392,7 @@ def backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
     )
     cut = walks.lookup("interval_dkv", q, v)
     splits = _splits(pl.cdiv(num_keys, cut.keys) * batch * num_kv_heads, tiles)
-    tables = [
-        walks.over_rows(lo, hi, num_keys, group, tiles, size, splits) for size in (cut.keys, ROWS)
-    ]
+    tables = walks.over_rows(lo, hi, num_keys, group, tiles, cut.keys, splits)
     gradients = _key_gradients(
         *(padded_q, padded_k, padded_v, d_out, tables, intervals, lse, delta, cut, scale),
         short=walks.are_short(longest),

@@ -27,7 +27,7 @@ class Tuning:
 
 
 # Of each kernel, (keys, stages, ...) by (head_dim, v_head_dim). Forward takes two stages or more: a
-# step still reads the values of the one before.
+# step still reads the values of the one before. So do dk and dv: a step waits for the next one.
 _INTERVAL_FORWARD = {
     (64, 64): (128, 4, 2),
     (64, 128): (128, 3, 2),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.lists import search
 from pallas_kernels.mosaic_gpu import rows, tuning
-from pallas_kernels.mosaic_gpu.common import TILE, TILE_ROWS, by_row
+from pallas_kernels.mosaic_gpu.common import ROWS, TILE, TILE_ROWS, by_row
 
 COMPUTE = 2  # warpgroups that compute, beside one that copies
 
@@ -136,13 +136,14 @@ def over_keys(lo, hi, num_keys, group, tiles, cut):
 
 
 def over_rows(lo, hi, num_keys, group, tiles, size, splits):
-    """Of each chunk of the queries and tile of keys, its walk over tiles of rows.
+    """The walks over tiles of rows of each chunk of the queries and tile of `size` keys.
 
     Returns:
-      int32 [splits, B, key tiles, 4].
+      int32 [splits, B, tiles of keys, 4], and the same for every ROWS keys, of which a tile has one
+      or more.
     """
-    start = jnp.arange(0, num_keys, size, dtype=jnp.int32)
-    end = jnp.minimum(start + size, num_keys)
+    start = jnp.arange(0, num_keys, ROWS, dtype=jnp.int32)
+    end = jnp.minimum(start + ROWS, num_keys)
 
     def bounds(lo, hi):
         return (
@@ -152,13 +153,20 @@ def over_rows(lo, hi, num_keys, group, tiles, size, splits):
             search(lo, start, side="right"),
         )
 
-    queries = rows.queries_per_tile(group)
-    first, end, whole_first, whole_end = jax.vmap(bounds)(lo, hi)
-    chunk = pl.cdiv(tiles, splits)
+    queries, chunk = rows.queries_per_tile(group), pl.cdiv(tiles, splits)
     chunks = jnp.arange(0, splits * chunk, chunk)[:, None, None]
-    first = jnp.maximum(first // queries, chunks)
-    end = jnp.minimum(pl.cdiv(end, queries), chunks + chunk)
-    return Walk.make(first, end, pl.cdiv(whole_first, queries), whole_end // queries)
+
+    def make(first, end, whole_first, whole_end):
+        first = jnp.maximum(first // queries, chunks)
+        end = jnp.minimum(pl.cdiv(end, queries), chunks + chunk)
+        return Walk.make(first, end, pl.cdiv(whole_first, queries), whole_end // queries)
+
+    first, end, whole_first, whole_end = jax.vmap(bounds)(lo, hi)
+    # Who sees something of a tile lies between who sees its beginning and who sees its end.
+    begins = jnp.arange(0, start.size, size // ROWS)
+    ends = jnp.minimum(begins + size // ROWS, start.size) - 1
+    of_tiles = make(first[:, begins], end[:, ends], whole_first[:, ends], whole_end[:, begins])
+    return of_tiles, make(first, end, whole_first, whole_end)
 
 
 def keep_seen(x, lo, hi):
@@ -166,8 +174,9 @@ def keep_seen(x, lo, hi):
 
     def seen(lo, hi):
         key = jnp.arange(x.shape[1], dtype=jnp.int32)
-        begun, ended = (search(bound, key, side="right") for bound in (lo, jnp.maximum(lo, hi)))
-        return begun > ended
+        # Of the queries that begin at it or before, the last one sees it if any does.
+        begun = search(lo, key, side="right")
+        return jnp.concatenate([jnp.zeros(1, hi.dtype), hi])[begun] > key
 
     return jnp.where(jax.vmap(seen)(lo, hi)[:, :, None, None], x, 0)
 
@@ -260,7 +269,7 @@ def intervals_of_rows(lo, hi, num_keys, group, tiles):
 
 
 def are_short(longest):
-    """Whether intervals that are at most `longest` are, None for no bound."""
+    """Whether intervals of at most `longest` keys count as short; None is no bound."""
     return longest is not None and longest <= SHORT
 
 

@@ -123,11 +123,19 @@ def test_rows_that_see_the_keys_of_one_warpgroup(longest, monkeypatch):
     assert_agrees(random_arrays(1, 40, 320, 1, 16, 64, 64), hi - 200, hi, longest=longest, **cuts)
 
 
+@pytest.mark.parametrize("longest", [None, 150])
+def test_two_groups_of_two_sequences(longest, monkeypatch):
+    """For dk and dv, programs take the groups in turn, and 16 of them are 6 waves to and fro."""
+    monkeypatch.setattr(interval_backward, "ENOUGH_PROGRAMS", 1)  # walks go round the ring
+    hi = rising_intervals(24, 200, 2)[1]
+    assert_agrees(random_arrays(2, 24, 200, 2, 16, 64, 64), hi - 150, hi, longest=longest)
+
+
 def test_walks_over_rows_by_hand():
     """20 tiles of 4 queries, of which query t sees the 150 keys before 4 (t + 1)."""
     hi = 4 * jnp.arange(1, 81, dtype=jnp.int32)[None]
-    over_rows = functools.partial(walks.over_rows, hi - 150, hi, 126, 16, 20, splits=1)
-    tile, first, second = (walks.Walk(*x) for x in (*over_rows(128)[0, 0], *over_rows(64)[0, 0]))
+    of_tiles, of_parts = walks.over_rows(hi - 150, hi, 126, 16, 20, 128, splits=1)
+    tile, first, second = (walks.Walk(*x) for x in (*of_tiles[0, 0], *of_parts[0, 0]))
 
     def numbers(x):
         return tuple(map(int, x))
@@ -167,7 +175,7 @@ def test_walks_over_rows_miss_nobody(splits):
     lo, hi = rising_intervals(301, num_keys, batch)
     lo = lo - 250  # so that some are long
     tiles = rows.num_tiles(301, group, walks.COMPUTE)
-    tables = [walks.over_rows(lo, hi, num_keys, group, tiles, n, splits) for n in (128, 64)]
+    tables = walks.over_rows(lo, hi, num_keys, group, tiles, 128, splits)
     query, key = np.arange(tiles * 8), np.arange(num_keys)
     bounds = [np.pad(x, [(0, 0), (0, query.size - 301)])[..., None] for x in (lo, hi)]
     sees = ((key >= bounds[0]) & (key < bounds[1])).reshape(batch, tiles, 8, num_keys)
@@ -178,9 +186,9 @@ def test_walks_over_rows_miss_nobody(splits):
         for table, own_table in zip(*tables, strict=True):
             walk, own = walks.Walk(*table[b, part // 2]), walks.Walk(*own_table[b, part])
             whole = [int(walk.beside_others(n)) for n in range(walk.whole)]
-            assert sorted(whole) == sorted(
-                int(walk.to_and_fro(n, n < 0)) for n in range(walk.whole)
-            )
+            for upwards in (False, True):
+                others = [int(walk.to_and_fro(n, jnp.bool(upwards))) for n in range(walk.whole)]
+                assert sorted(others) == sorted(whole)
             some_are_whole |= bool(whole)
             met += whole + [int(walk.at(n)) for n in range(*map(int, walk.masked_of(own)))]
             assert all_keys[whole].all()
