@@ -241,6 +241,15 @@ def test_vmap_a_negative_scale_and_one_query_a_warpgroup():
     assert_close(actual, expected, q.dtype)
 
 
+def test_positions_before_all_keys():
+    """Down to the least of them, such queries have empty rows."""
+    q, k, v = random_arrays(1, 4, 128, 1, 16, 64, 64)
+    blocks = jnp.broadcast_to(jnp.arange(2, dtype=jnp.int32), (1, 4, 1, 2))
+    least = jnp.iinfo(jnp.int32).min
+    where = blocks, jnp.array([[least, least + 1, -7, 100]], jnp.int32), 64, 0.3
+    assert_agrees(where, q, k, v)
+
+
 def test_unions_by_hand():
     """Two tiles of two queries, the last one with one query: blocks, who wants them, counts."""
     blocks = jnp.array([[0, 2], [2, 3], [1, 9]], jnp.int32)[None, :, None]
