@@ -7,10 +7,12 @@
     "auto"        the first of mosaic_gpu, triton and xla that can run the call
 
 The order, by speed on long sequences, is that of `pallas_kernels.KERNELS`. Whoever cannot
-run a call says why in one sentence, its refusal. "auto" goes on to the next one; an explicit choice
-raises `UnsupportedError` with the sentence and never falls back.
+run a call says why in one sentence, its refusal. "auto" logs it, once and at level INFO, and goes
+on to the next one; an explicit choice raises `UnsupportedError` with it and never falls back.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 
 import pallas_kernels
@@ -83,8 +85,14 @@ def resolve(operation: str, implementation: str, *args, **kwargs) -> tuple[str, 
             break
         if implementation != "auto":
             raise UnsupportedError(f"implementation={implementation!r}: {reason}")
+        _log_once(operation, name, reason)
     function = getattr(xla, operation) if name == "xla" else _load(operation, name).function
     return name, function
+
+
+@functools.cache
+def _log_once(operation: str, name: str, reason: str) -> None:
+    logging.getLogger(__name__).info("auto runs %s without %s: %s", operation, name, reason)
 
 
 def explain(implementation: str) -> dict[str, dict]:

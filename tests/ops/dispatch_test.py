@@ -1,5 +1,6 @@
 """Who runs a call, and what is said when nobody can."""
 
+import logging
 import sys
 import types
 
@@ -55,6 +56,18 @@ def test_auto_goes_on_where_a_kernel_refuses(fake_kernel):
     out, _ = window(16, "auto")
     assert fake_kernel == []
     np.testing.assert_array_equal(out, jnp.ones_like(out))
+
+
+def test_auto_logs_once_why_it_goes_on(fake_kernel, caplog):
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        for _ in range(2):
+            window(24, "auto")  # a size that no other test here has been told of
+    sentence = "interval_attention takes at most 8 features a head, not 24."
+    told = [record.getMessage() for record in caplog.records]
+    assert [x for x in told if sentence in x] == [
+        f"auto runs interval_attention without triton: {sentence}"
+    ]
+    assert {record.levelname for record in caplog.records} <= {"INFO"}
 
 
 def test_an_explicit_choice_never_falls_back(fake_kernel):
