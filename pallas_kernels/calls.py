@@ -31,8 +31,9 @@ def differentiable(forward, backward):
 
     Args:
       forward: from q, k, v and two integer arrays, which say what is attended, to (out, lse).
-      backward: from all of these and the gradients of out and lse to those of q, k and v. Of lse
-        it reads exp(scores - lse), the probabilities, which are 0 where lse is infinite, of either
+      backward: from all of these and the gradients of out and lse to those of q, k and v, and
+        out . d_out, the sums over the features, float32 [B, T, N], which it needs anyway. Of lse it
+        reads exp(scores - lse), the probabilities, which are 0 where lse is infinite, of either
         sign.
 
     Returns:
@@ -56,16 +57,18 @@ def differentiable(forward, backward):
 
     def backward_rule(residuals, gradients):
         gate, *arrays, out, lse = residuals
-        d_out, d_lse = gradients
-        d_gate = None
-        if gate is not None:
-            d_gate = (out.astype(gate.dtype) * d_out).sum(axis=-1)
-            if out.dtype == jnp.float16:  # in which probabilities times small gates are lost
-                d_out = _gated(d_out, gate)
-            else:
-                lse, d_lse = _gated_probabilities(lse, d_lse, gate)
-            d_out = d_out.astype(out.dtype)
-        return d_gate, *batched(backward)(*arrays, out, lse, d_out, d_lse), None, None
+        d_gated, d_lse = gradients
+        run = functools.partial(batched(backward), *arrays, out)
+        if gate is None:
+            *gradients, _ = run(lse, d_gated, d_lse)
+            return None, *gradients, None, None
+        if out.dtype == jnp.float16:  # in which probabilities times small gates are lost
+            d_gate = (out.astype(gate.dtype) * d_gated).sum(axis=-1)
+            *gradients, _ = run(lse, _gated(d_gated, gate).astype(out.dtype), d_lse)
+        else:
+            lse, d_lse = _gated_probabilities(lse, d_lse, gate)
+            *gradients, d_gate = run(lse, d_gated.astype(out.dtype), d_lse)
+        return d_gate, *gradients, None, None
 
     attention.defvjp(forward_rule, backward_rule)
     return attention

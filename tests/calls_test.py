@@ -30,13 +30,14 @@ def forward(q, k, v, lo, hi):
 def backward(q, k, v, lo, hi, out, lse, d_out, d_lse):
     """As kernels do it: probabilities from lse, and one number a row that scores have in common."""
     p = probabilities(q, k, lo, hi, jnp.where(lse == -jnp.inf, jnp.inf, lse))
-    delta = (out * d_out).sum(axis=-1) - d_lse
+    dots = (out * d_out).sum(axis=-1)
     dp = jnp.einsum("btnv,bsnv->bnts", d_out, v)
-    ds = p * (dp - jnp.moveaxis(delta, 1, 2)[..., None])
+    ds = p * (dp - jnp.moveaxis(dots - d_lse, 1, 2)[..., None])
     return (
         jnp.einsum("bnts,bsnh->btnh", ds, k),
         jnp.einsum("bnts,btnh->bsnh", ds, q),
         jnp.einsum("bnts,btnv->bsnv", p, d_out),
+        dots,
     )
 
 
@@ -104,6 +105,16 @@ def test_a_gates_gradients_are_slopes(arrays):
     assert abs(slope) > 1
 
 
+def test_a_tiny_gates_gradient_is_not_lost_in_that_of_lse(arrays):
+    """Which the pass without a gate gets divided by the gate."""
+    gate, attention = jnp.full((2, LENGTH, 2), 2.0**-90), calls.differentiable(forward, backward)
+    (out, lse), pull = jax.vjp(lambda gate: attention(gate, *arrays), gate)
+    cotangent = normal(8, *out.shape)
+    (d_gate,) = pull((cotangent, jnp.where(lse == -jnp.inf, 0, 1.0)))
+    plain, _ = attention(None, *arrays)
+    np.testing.assert_allclose(d_gate, (plain * cotangent).sum(axis=-1), atol=1e-6, rtol=1e-6)
+
+
 def test_a_negative_gate_gives_nan_and_no_wrong_gradient(arrays):
     gate = jnp.full((2, LENGTH, 2), -0.5)
     attention = calls.differentiable(forward, backward)
@@ -138,7 +149,7 @@ def test_a_small_gate_costs_float16_no_digits():
         """Values meet probabilities of their own dtype, as they do in kernels."""
         p = probabilities(q, k, lo, hi, lse).astype(v.dtype)
         dv = jnp.einsum("bnts,btnv->bsnv", p, d_out, preferred_element_type=jnp.float32)
-        return jnp.zeros_like(q), jnp.zeros_like(k), dv.astype(v.dtype)
+        return jnp.zeros_like(q), jnp.zeros_like(k), dv.astype(v.dtype), jnp.zeros(lse.shape)
 
     def rounding_forward(q, k, v, lo, hi):
         out, lse = forward(q, k, v, lo, hi)
@@ -151,11 +162,15 @@ def test_a_small_gate_costs_float16_no_digits():
     d_out = 1024 * normal(7, 1, 4, 1, FEATURES)
     attention = calls.differentiable(rounding_forward, rounding_backward)
 
-    def dv(gate):
+    def gradients(gate):
         gate = jnp.full((1, 4, 1), gate)
-        _, pull = jax.vjp(lambda v: attention(gate, q, k, v, lo, hi)[0], v)
-        return np.asarray(pull(d_out)[0], np.float32)
+        _, pull = jax.vjp(lambda gate, v: attention(gate, q, k, v, lo, hi)[0], gate, v)
+        return (np.asarray(x, np.float32) for x in pull(d_out))
 
-    expected = dv(1.0)
-    error = np.linalg.norm(dv(2.0**-11) * 2**11 - expected) / np.linalg.norm(expected)
+    (expected_gate, expected), (d_gate, dv) = gradients(1.0), gradients(2.0**-11)
+    error = np.linalg.norm(dv * 2**11 - expected) / np.linalg.norm(expected)
     assert error < 1e-3  # 11 bits
+    out, _ = rounding_forward(q, k, v, lo, hi)
+    by_hand = (out.astype(jnp.float32) * d_out).sum(axis=-1)
+    np.testing.assert_allclose(expected_gate, by_hand, rtol=1e-5)
+    np.testing.assert_array_equal(d_gate, expected_gate)

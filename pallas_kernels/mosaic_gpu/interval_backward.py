@@ -370,14 +370,15 @@ def _key_gradients(q, k, v, d_out, tables, intervals, lse, delta, cut, scale, sh
 
 
 def backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
-    """dq, dk and dv of `interval_attention`."""
+    """dq, dk, dv and out . d_out of `interval_attention`; see `calls.differentiable`."""
     batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
     tiles = rows.num_tiles(num_queries, group, COMPUTE)
-    lse, delta = rows.lse2_and_delta(lse, out, d_out, d_lse)
+    lse2, dots = rows.lse2_and_dots(lse, out, d_out)
     lse, delta = (
-        rows.from_heads(x, num_kv_heads, tiles, fill) for x, fill in ((lse, jnp.inf), (delta, 0))
+        rows.from_heads(x, num_kv_heads, tiles, fill)
+        for x, fill in ((lse2, jnp.inf), (dots - d_lse, 0))
     )
     row_arrays = (rows.split_heads(rows.padded_queries(x, group), num_kv_heads) for x in (q, d_out))
     padded_q, d_out = row_arrays
@@ -398,4 +399,4 @@ def backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
         short=walks.are_short(longest),
     )
     dk, dv = (sum(x[i, :, :num_keys] for i in range(splits)).astype(k.dtype) for x in gradients)
-    return dq[:, :num_queries].reshape(q.shape), dk, dv
+    return dq[:, :num_queries].reshape(q.shape), dk, dv, dots

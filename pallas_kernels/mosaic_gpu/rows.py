@@ -69,15 +69,16 @@ def to_heads(x, num_queries, group):
     return x.reshape(batch, tiles * queries, num_kv_heads * group)[:, :num_queries]
 
 
-def lse2_and_delta(lse, out, d_out, d_lse):
-    """What a backward pass has to know of the softmax of each row, float32 [B, T, N].
+def lse2_and_dots(lse, out, d_out):
+    """lse in base 2, +inf on an empty row, so that its probabilities are 0; and out . d_out.
+
+    The latter less the gradient of lse is what every score's gradient of a row has in common.
 
     Returns:
-      lse in base 2, +inf on an empty row, so that its probabilities are 0; and what every score's
-      gradient of a row has in common, the sum of out * d_out less the gradient of lse.
+      Two float32 [B, T, N].
     """
-    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1) - d_lse
-    return jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), delta
+    dots = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1)
+    return jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), dots
 
 
 def _boxes(ref, batch, kv_head, tile):

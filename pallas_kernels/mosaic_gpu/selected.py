@@ -83,8 +83,8 @@ def _to_rows(x, computing, fill):
 
 def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, block_size, scale):
     num_kv_heads, num_keys = k.shape[2], k.shape[1]
-    lse2, delta = rows.lse2_and_delta(lse, out, d_out, d_lse)
-    delta = _split_heads(delta, num_kv_heads)
+    lse2, dots = rows.lse2_and_dots(lse, out, d_out)
+    delta = _split_heads(dots - d_lse, num_kv_heads)
     lse2 = _split_heads(lse2, num_kv_heads, jnp.inf)
     q_heads, d_out_heads = (_split_heads(x, num_kv_heads) for x in (q, d_out))
     keys, values = padded_keys(k), padded_keys(v)
@@ -116,7 +116,7 @@ def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, bl
         selected_dkv.sum_items(x, index.first_items, like)[:, :num_keys]
         for x, like in zip(partial, (keys, values), strict=True)
     )
-    return _join_heads(dq, q.shape[2] // num_kv_heads), dk, dv
+    return _join_heads(dq, q.shape[2] // num_kv_heads), dk, dv, dots
 
 
 def selected_attention(q, k, v, block_indices, q_positions, block_size, scale, gate=None):

@@ -111,8 +111,10 @@ def finish_softmax(state):
 
 
 @triton.jit
-def delta_of(out, d_out, d_lse, mask):
-    """What every score's gradient of a row has in common: the output times its gradient.
+def dots_and_delta(out, d_out, d_lse, mask):
+    """Of each row the output times its gradient, and that less the gradient of lse.
+
+    The latter is what every score's gradient of the row has in common.
 
     Args:
       out: [rows, V].
@@ -120,8 +122,8 @@ def delta_of(out, d_out, d_lse, mask):
       d_lse: pointers to the gradients of lse, which are there where `mask` is set.
       mask: [rows].
     """
-    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    return delta - tl.load(d_lse, mask=mask, other=0.0)
+    dots = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    return dots, dots - tl.load(d_lse, mask=mask, other=0.0)
 
 
 @triton.jit

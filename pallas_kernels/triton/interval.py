@@ -17,7 +17,7 @@ from pallas_kernels.lists import search
 from pallas_kernels.triton import launch, tuning
 from pallas_kernels.triton.common import (
     LOG2E,
-    delta_of,
+    dots_and_delta,
     finish_softmax,
     load_lse2,
     load_rows,
@@ -149,12 +149,12 @@ def _dq_step(dq_tile, d_out_tile, lse2, delta, scores, k_tile, v_tile, c, PRECIS
 
 @triton.jit
 def _dq_kernel(
-    q, k, v, k_rows, v_rows, lo, hi, out, lse, d_out, d_lse, dq, delta, SCALE: tl.constexpr,
+    q, k, v, k_rows, v_rows, lo, hi, out, lse, d_out, d_lse, dq, dots, SCALE: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     V: tl.constexpr, HP: tl.constexpr, VP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of rows, and delta for `_dkv_kernel`. Grid as in `_forward_kernel`."""
+    """dq and `dots` of one tile of rows. Grid as in `_forward_kernel`."""
     c: tl.constexpr = SCALE * LOG2E
     batch, group = tl.program_id(1) // K, tl.program_id(1) % K
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -164,8 +164,8 @@ def _dq_kernel(
     q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
     d_out_tile = load_tile(d_out + head_index * V, offset * V, valid, V, VP, True)
     out_tile = load_tile(out + head_index * V, offset * V, valid, V, VP, True)
-    row_delta = delta_of(out_tile, d_out_tile, d_lse + head_index + offset, valid)
-    tl.store(delta + head_index + offset, row_delta, mask=valid)
+    dots_tile, row_delta = dots_and_delta(out_tile, d_out_tile, d_lse + head_index + offset, valid)
+    tl.store(dots + head_index + offset, dots_tile, mask=valid)
     lse2 = load_lse2(lse + head_index + offset, valid)
     first_row = batch * S + first
     k += (first_row.to(tl.int64) * K + group) * H
@@ -336,9 +336,9 @@ def _backward(q, k, v, lo, hi, out, lse, d_out, d_lse, *, scale, longest):
     out_type = launch.like(q, q.shape[3])
     rest = (lo, hi, out, lse, d_out, d_lse)
     cut = _tuning("interval_dq", q, v, longest)
-    dq, delta = _launch_over_rows(_dq_kernel, cut, q, k, v, rest, out_type, scale)
+    dq, dots = _launch_over_rows(_dq_kernel, cut, q, k, v, rest, out_type, scale)
     cut = _tuning("interval_dkv", q, v)
-    return dq, *_key_gradients(q, k, v, lo, hi, lse, d_out, delta, cut, scale)
+    return dq, *_key_gradients(q, k, v, lo, hi, lse, d_out, dots - d_lse, cut, scale), dots
 
 
 def interval_attention(q, k, v, lo, hi, scale, longest=None, gate=None):

@@ -23,7 +23,7 @@ from pallas_kernels.triton import launch, lists, tuning
 from pallas_kernels.triton.common import (
     LARGEST_INT,
     LOG2E,
-    delta_of,
+    dots_and_delta,
     finish_softmax,
     load_lse2,
     load_rows,
@@ -157,13 +157,13 @@ def _dq_step(dq_tile, d_out_tile, lse2, delta, scores, k_tile, v_tile, c, PRECIS
 @triton.jit
 def _dq_kernel(
     q, k, v, k_rows, v_rows, q_positions, blocks, masks, counts, out, lse, d_out, d_lse, dq,
-    delta, SCALE: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
+    dots, SCALE: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, V: tl.constexpr, HP: tl.constexpr,
     VP: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr,
     K_TMA: tl.constexpr, V_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of queries, and delta for `_dkv_kernel`. Grid as in `_forward_kernel`.
+    """dq and `dots` of one tile of queries. Grid as in `_forward_kernel`.
 
     Scores are transposed, [keys, rows]: the matrix units want many keys but take few rows, and the
     fewer queries a tile has, the less of the walk through their union is for others.
@@ -178,8 +178,8 @@ def _dq_kernel(
     q_tile = load_tile(q + head_index * H, offset * H, valid, H, HP, True)
     d_out_tile = load_tile(d_out + head_index * V, offset * V, valid, V, VP, True)
     out_tile = load_tile(out + head_index * V, offset * V, valid, V, VP, True)
-    row_delta = delta_of(out_tile, d_out_tile, d_lse + head_index + offset, valid)
-    tl.store(delta + head_index + offset, row_delta, mask=valid)
+    dots_tile, row_delta = dots_and_delta(out_tile, d_out_tile, d_lse + head_index + offset, valid)
+    tl.store(dots + head_index + offset, dots_tile, mask=valid)
     lse2 = load_lse2(lse + head_index + offset, valid)
     # Turned here, and not before each product, for them to lie in shared memory before the steps.
     q_tile, d_out_tile = tl.trans(q_tile), tl.trans(d_out_tile)
@@ -393,10 +393,12 @@ def _backward(q, k, v, block_indices, q_positions, out, lse, d_out, d_lse, *, bl
     out_type = launch.like(q, q.shape[3])
     sizes = launch.sizes(q, k, v, scale) | {"BLOCK_SIZE": block_size}
     rest = (out, lse, d_out, d_lse)
-    dq, delta = _launch_over_queries(
+    dq, dots = _launch_over_queries(
         _dq_kernel, "selected_dq", q, k, v, block_indices, q_positions, rest, out_type, sizes
     )
-    return dq, *_key_gradients(q, k, v, block_indices, q_positions, lse, d_out, delta, sizes)
+    delta = dots - d_lse
+    gradients = _key_gradients(q, k, v, block_indices, q_positions, lse, d_out, delta, sizes)
+    return dq, *gradients, dots
 
 
 def selected_attention(q, k, v, block_indices, q_positions, block_size, scale, gate=None):
