@@ -157,7 +157,7 @@ def _run(suite: Suite, plan: training.Plan, config: Mapping, seed: int, folder: 
 def _facts(plan: training.Plan, seed: int) -> dict[str, Any]:
     return {
         **environment.describe(),
-        "implementation": explain_attention(plan.run.model),
+        "implementation": explain_attention(plan.model.config, plan.run.data.seq_len),
         "seeds": {name: seeds.stream_seed(seed, name) for name in ("parameters", "data")},
         "parameter_count": plan.parameter_count,
     }

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax.ops.branches import check_shapes
-from nsa_jax.ops.dispatch import UnsupportedError
+from nsa_jax.ops.dispatch import UnsupportedError, decided
 from nsa_jax.typing import Array, Float, Int
 
 IMPLEMENTATIONS = ("auto", "cudnn", "xla")
@@ -84,20 +84,17 @@ def resolve(implementation: str, dtype, head_dim: int, *, odd_mask: bool = False
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
-    if implementation == "xla":
-        return "xla"
-    refusal = cudnn_refusal(dtype, head_dim, odd_mask=odd_mask)
-    if refusal and implementation == "cudnn":
-        raise UnsupportedError(f"implementation='cudnn': {refusal}")
-    return "xla" if refusal else "cudnn"
-
-
-def explain(implementation: str, dtype, head_dim: int) -> dict[str, dict]:
-    """As `nsa_jax.ops.dispatch.explain`, for the one operation of dense attention."""
-    chosen = resolve(implementation, dtype, head_dim)
-    tried = implementation == "auto" and chosen == "xla"
-    refused = {"cudnn": cudnn_refusal(dtype, head_dim)} if tried else {}
-    return {"dense_attention": {"chosen": chosen, "refused": refused}}
+    chosen, refused = "xla", {}
+    if implementation != "xla":
+        refusal = cudnn_refusal(dtype, head_dim, odd_mask=odd_mask)
+        if refusal is None:
+            chosen = "cudnn"
+        elif implementation == "auto":
+            refused = {"cudnn": refusal}
+        else:
+            raise UnsupportedError(f"implementation='cudnn': {refusal}")
+    decided("dense_attention", chosen, refused)
+    return chosen
 
 
 def cudnn_refusal(dtype, head_dim: int, *, odd_mask: bool = False) -> str | None:

@@ -9,11 +9,13 @@
 The order, by speed on long sequences, is that of `pallas_kernels.KERNELS`. Whoever cannot
 run a call says why in one sentence, its refusal. "auto" logs it, once and at level INFO, and goes
 on to the next one; an explicit choice raises `UnsupportedError` with it and never falls back.
+`recorded` says afterwards what was decided.
 """
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pallas_kernels
 from nsa_jax.ops import xla
@@ -22,6 +24,8 @@ IMPLEMENTATIONS = ("auto", "mosaic_gpu", "triton", "xla", "reference")
 #: Of training, and of a prompt's prefill; STEPS of one new token over a cache.
 OPERATIONS = ("interval_attention", "select_blocks", "selected_attention")
 STEPS = ("sparse_step", "dense_step")
+
+_record: dict[str, dict] | None = None  # that of the innermost `recorded`
 
 
 class UnsupportedError(NotImplementedError):
@@ -79,13 +83,15 @@ def resolve(operation: str, implementation: str, *args, **kwargs) -> tuple[str, 
       UnsupportedError: if an implementation asked for by name refuses.
     """
     check_name(implementation)
+    refused = {}
     for name in _candidates(operation) if implementation == "auto" else (implementation,):
         reason = refusal(operation, name, *args, **kwargs)
         if reason is None:
             break
         if implementation != "auto":
             raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-        _log_once(operation, name, reason)
+        refused[name] = reason
+    decided(operation, name, refused)
     function = getattr(xla, operation) if name == "xla" else _load(operation, name).function
     return name, function
 
@@ -95,28 +101,51 @@ def _log_once(operation: str, name: str, reason: str) -> None:
     logging.getLogger(__name__).info("auto runs %s without %s: %s", operation, name, reason)
 
 
-def explain(implementation: str) -> dict[str, dict]:
-    """What the devices of this process allow, before any shapes are known: a record for run logs.
+def decided(operation: str, chosen: str, refused: dict[str, str]) -> None:
+    """Logs and records a decision.
 
-    Returns:
-      For each of `OPERATIONS`, the implementation "chosen" and, for those tried before it, the
-      sentence of why each was "refused".
+    Args:
+      operation: any name.
+      chosen: the implementation that runs a call of it.
+      refused: those that "auto" tried before, each with its refusal.
+    """
+    for name, reason in refused.items():
+        _log_once(operation, name, reason)
+    if _record is not None:
+        entry = _record.setdefault(operation, {"chosen": chosen, "refused": {}})
+        if chosen not in entry["chosen"].split(" and "):  # another call, of other shapes
+            entry["chosen"] += f" and {chosen}"
+        entry["refused"] |= refused
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[str, dict]]:
+    """Within the context, what is decided for each call as it is traced: a record for run logs.
+
+    Yields:
+      A dictionary that fills: for each operation the implementation "chosen" and, for those that
+      "auto" tried before it, the sentence of why each was "refused".
+    """
+    global _record
+    before, _record = _record, {}
+    try:
+        yield _record
+    finally:
+        _record = before
+
+
+def explain(implementation: str) -> dict[str, dict]:
+    """What the devices of this process allow, before any shapes are known, as `recorded` has it.
 
     Raises:
       ValueError, UnsupportedError: as `resolve`.
     """
-    check_name(implementation)
-    if implementation == "reference":
-        return {operation: {"chosen": "reference", "refused": {}} for operation in OPERATIONS}
-    record = {}
-    for operation in OPERATIONS:
-        chosen, _ = resolve(operation, implementation)
-        tried = _candidates(operation)
-        tried = tried[: tried.index(chosen)] if implementation == "auto" else ()
-        record[operation] = {
-            "chosen": chosen,
-            "refused": {name: refusal(operation, name) for name in tried},
-        }
+    with recorded() as record:
+        for operation in OPERATIONS:
+            if implementation == "reference":
+                decided(operation, "reference", {})
+            else:
+                resolve(operation, implementation)
     return record
 
 

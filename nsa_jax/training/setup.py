@@ -1,14 +1,16 @@
 """From a configuration to the compiled parts of a run; nothing is computed yet."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nsa_jax.model import Transformer, TransformerConfig
-from nsa_jax.ops import dense, dispatch
+from nsa_jax.ops import dispatch
 from nsa_jax.training import config as config_lib
 from nsa_jax.training import optimizer, parallel, seeds, steps
 from nsa_jax.training.config import RunConfig
@@ -67,12 +69,27 @@ def prepare(config: ConfigDict | Mapping, mesh: Mesh | None = None) -> Setup:
     return Setup(run, mesh, model, make_state, abstract_state, train_step, eval_step)
 
 
-def explain_attention(model: TransformerConfig) -> dict[str, Any]:
-    """Returns what runs each attention operation of a model here and why, as run.json has it."""
-    if model.attention == "nsa":
-        return dispatch.explain(model.implementation)
-    head_dim = max(model.head_dim, model.v_head_dim or 0)
-    return dense.explain(model.implementation, model.dtype, head_dim)
+def explain_attention(model: TransformerConfig, seq_len: int) -> dict[str, dict]:
+    """What runs each attention operation of a model here, and why, as run.json has it.
+
+    Args:
+      model: its configuration.
+      seq_len: tokens of a sequence.
+
+    Returns:
+      See `dispatch.recorded`.
+
+    Raises:
+      UnsupportedError: if the implementation that it names cannot run here.
+    """
+    if model.implementation == "reference":
+        return dispatch.explain("reference")
+    layer = Transformer(dataclasses.replace(model, num_layers=1))
+    tokens = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
+    params = jax.eval_shape(layer.init, jax.random.key(0), tokens)
+    with dispatch.recorded() as record:
+        jax.eval_shape(lambda *args: jax.vjp(layer.apply, *args)[0], params, tokens)
+    return record
 
 
 def parameter_count(params: Any) -> int:

@@ -169,7 +169,7 @@ def _facts(setup: Setup, pipeline: Pipeline, start: int) -> dict[str, Any]:
     return {
         "from_step": start,
         **environment.describe(),
-        "implementation": explain_attention(run.model),
+        "implementation": explain_attention(run.model, run.data.seq_len),
         "seeds": {
             "seed": run.seed,
             **{name: seeds.stream_seed(run.seed, name) for name in _STREAMS},

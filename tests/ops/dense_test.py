@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nsa_jax import UnsupportedError
-from nsa_jax.ops import dense, reference
+from nsa_jax.ops import dense, dispatch, reference
 
 
 @pytest.mark.parametrize("v_head_dim", [8, 16, 24])
@@ -44,10 +44,13 @@ def test_cudnn_is_refused_without_a_gpu():
     with pytest.raises(UnsupportedError, match=r"'cudnn': cuDNN needs an NVIDIA GPU .* cpu here"):
         dense.dense_attention(x, x, x, implementation="cudnn")
     assert dense.dense_attention(x, x, x, implementation="auto").dtype == jnp.bfloat16
-    record = dense.explain("auto", "bfloat16", 64)["dense_attention"]
-    assert record["chosen"] == "xla"
-    assert "NVIDIA GPU" in record["refused"]["cudnn"]
-    assert dense.explain("xla", "float32", 64)["dense_attention"]["refused"] == {}
+    with dispatch.recorded() as record:
+        dense.dense_attention(x, x, x, implementation="auto")
+    assert record["dense_attention"]["chosen"] == "xla"
+    assert "NVIDIA GPU" in record["dense_attention"]["refused"]["cudnn"]
+    with dispatch.recorded() as record:
+        dense.dense_attention(x, x, x, implementation="xla")
+    assert record == {"dense_attention": {"chosen": "xla", "refused": {}}}
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,24 @@ def test_explain_says_what_was_chosen_and_why():
         dispatch.explain("fastest")
 
 
+def test_what_was_decided_is_recorded_for_the_calls_of_the_context(fake_kernel):
+    sentence = "interval_attention takes at most 8 features a head, not 16."
+    with dispatch.recorded() as record:
+        window(16, "auto")
+        with dispatch.recorded() as inner:
+            window(8, "triton")
+    window(8, "auto")
+    entry = record["interval_attention"]
+    assert entry["chosen"] == "xla"
+    assert entry["refused"]["triton"] == sentence
+    assert inner == {"interval_attention": {"chosen": "triton", "refused": {}}}
+    with dispatch.recorded() as record:
+        window(16, "auto")
+        window(8, "auto")
+    assert record["interval_attention"]["chosen"] == "xla and triton"
+    assert record["interval_attention"]["refused"]["triton"] == sentence
+
+
 def test_the_table_names_known_operations():
     operations = {*dispatch.OPERATIONS, *dispatch.STEPS}
     assert set(pallas_kernels.KERNELS) == operations | {"gated_sum"}

@@ -1,0 +1,50 @@
+"""What a run says about what runs its attention."""
+
+import sys
+import types
+
+import pytest
+
+import pallas_kernels
+from nsa_jax.ops import dispatch
+from nsa_jax.training.config import run_config
+from nsa_jax.training.setup import explain_attention
+from tests.training import tiny_run
+
+
+def record(**settings):
+    run = run_config(tiny_run.settings(**settings))
+    return explain_attention(run.model, run.data.seq_len)
+
+
+@pytest.mark.parametrize("layers", ["as they are", "scanned", "recomputed"])
+def test_refusals_are_those_of_the_shapes_of_the_run(monkeypatch, layers):
+    module = types.ModuleType("fake_triton_kernels")
+
+    def refusal(operation, *args, **kwargs):
+        assert args, "asked without shapes"
+        return f"{operation} of {args[0].dtype} takes no {args[0].shape[1]} queries."
+
+    for operation in dispatch.OPERATIONS:
+        setattr(module, operation, None)
+        where = pallas_kernels.KERNELS[operation], "triton", f"fake_triton_kernels:{operation}"
+        monkeypatch.setitem(*where)
+    module.refusal = refusal
+    monkeypatch.setitem(sys.modules, "fake_triton_kernels", module)
+
+    options = {"scanned": {"model__scan_layers": True}, "recomputed": {"model__remat": True}}
+    told = record(model__dtype="bfloat16", **options.get(layers, {}))
+    seq_len = run_config(tiny_run.settings()).data.seq_len
+    assert set(told) == set(dispatch.OPERATIONS)
+    for operation, entry in told.items():
+        assert entry["chosen"] == "xla"
+        sentence = f"{operation} of bfloat16 takes no {seq_len} queries."
+        assert entry["refused"]["triton"] == sentence
+
+
+def test_dense_attention_and_the_oracle_are_told_as_well():
+    dense = record(model__attention="dense")
+    assert set(dense) == {"dense_attention"}
+    assert dense["dense_attention"]["chosen"] in ("cudnn", "xla")
+    oracle = {"chosen": "reference", "refused": {}}
+    assert record(implementation="reference") == dict.fromkeys(dispatch.OPERATIONS, oracle)
