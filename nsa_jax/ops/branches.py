@@ -284,8 +284,10 @@ def sums_in_one_kernel(q, k, v, *, config: NSAConfig, implementation: str) -> bo
     """Whether `window_and_sum` can run a call that an implementation was asked for."""
     if implementation not in ("auto", "mosaic_gpu"):
         return False
-    longest = config.window_size
-    return dispatch.refusal("gated_sum", "mosaic_gpu", q, k, v, longest=longest) is None
+    refusal = dispatch.refusal("gated_sum", "mosaic_gpu", q, k, v, longest=config.window_size)
+    if refusal:
+        dispatch.decided("gated_sum", "xla", {"mosaic_gpu": refusal})
+    return refusal is None
 
 
 def _window(q, config, q_positions, document_starts):

@@ -85,10 +85,10 @@ def explain_attention(model: TransformerConfig, seq_len: int) -> dict[str, dict]
     if model.implementation == "reference":
         return dispatch.explain("reference")
     layer = Transformer(dataclasses.replace(model, num_layers=1))
-    tokens = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
+    tokens = document_starts = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     params = jax.eval_shape(layer.init, jax.random.key(0), tokens)
     with dispatch.recorded() as record:
-        jax.eval_shape(lambda *args: jax.vjp(layer.apply, *args)[0], params, tokens)
+        jax.eval_shape(layer.apply, params, tokens, document_starts)
     return record
 
 

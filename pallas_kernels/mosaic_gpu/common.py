@@ -205,11 +205,12 @@ def products(operands, between):
 def accumulate(acc, p, v):
     """acc + p @ v, where acc and p are in registers.
 
-    Here, in `products_and_sum`, and in warps.py the interpreter runs another program than the
-    device: it has no products of register operands and no accumulators that begin with a value. On
-    a device p is an operand from registers and the product begins with acc, which cross-lowering on
-    a CPU compiles and the tests on a GPU run. Interpreted, v is read and the product taken outside
-    of the tensor cores, which proves the barriers and the mathematics around it.
+    Here, in `accumulate_and`, `products_and_sum`, `in_registers` and warps.py, and nowhere else,
+    the interpreter runs another program than the device: it has no products of register operands
+    and no accumulators that begin with a value. On a device p is an operand from registers and the
+    product begins with acc, which cross-lowering on a CPU compiles and the tests on a GPU run.
+    Interpreted, v is read and the product taken outside of the tensor cores, and what overlaps with
+    it comes before or after, which proves the barriers and the mathematics around it.
 
     Args:
       acc: [M, V] float32.

@@ -12,6 +12,7 @@ from nsa_jax.ops import reference
 from pallas_kernels.mosaic_gpu import launch, lists, selected, selected_dkv
 from pallas_kernels.mosaic_gpu.selected import selected_attention
 from tests import gates
+from tests.arg_specs import BENCHMARK, random_inputs
 from tests.mosaic_gpu.interpreter import interpreted
 
 
@@ -263,6 +264,16 @@ def test_unions_by_hand():
     np.testing.assert_array_equal(unions.masks[0, 0, 1, :1], [0b01])
 
 
+def lower(q, k, v, blocks, positions, block_size):
+    """Both passes of shapes and dtypes, for a GPU."""
+
+    def run(q, k, v, *where):
+        out, pull = jax.vjp(lambda *x: selected_attention(*x, *where, block_size, 0.1), q, k, v)
+        return out, pull(out)
+
+    jax.jit(run).trace(q, k, v, blocks, positions).lower(lowering_platforms=("cuda",))
+
+
 @pytest.mark.parametrize("v_head_dim", launch.V_HEAD_DIMS)
 @pytest.mark.parametrize("head_dim", launch.HEAD_DIMS)
 def test_lowers_for_a_gpu_within_its_shared_memory(head_dim, v_head_dim, monkeypatch):
@@ -271,14 +282,10 @@ def test_lowers_for_a_gpu_within_its_shared_memory(head_dim, v_head_dim, monkeyp
     index = cases.index((head_dim, v_head_dim))
     group = launch.GROUPS[index % len(launch.GROUPS)]
     block_size = launch.BLOCK_SIZES[index % 2]
+    dtype = (jnp.bfloat16, jnp.float16)[index % 3 == 0]
     shapes = [(1, 101, 2 * group, head_dim), (1, 301, 2, head_dim), (1, 301, 2, v_head_dim)]
-    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     where = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 101, 2, 16), (1, 101))]
-
-    def run(q, k, v, *where):
-        out, pull = jax.vjp(lambda *x: selected_attention(*x, *where, block_size, 0.1), q, k, v)
-        return out, pull(out)
-
     boxes, describe = [], LaunchContext._get_tma_desc
 
     def recorded(self, ref, transform, peer, box, *rest):
@@ -286,20 +293,26 @@ def test_lowers_for_a_gpu_within_its_shared_memory(head_dim, v_head_dim, monkeyp
         return describe(self, ref, transform, peer, box, *rest)
 
     monkeypatch.setattr(LaunchContext, "_get_tma_desc", recorded)
-
-    jax.jit(run).trace(q, k, v, *where).lower(lowering_platforms=("cuda",))
+    lower(*arrays, *where, block_size)
     # Such copies begin at multiples of 128 bytes in shared memory, where others may lie before.
     assert boxes
     assert all(size % 128 == 0 for size in boxes)
+
+
+@pytest.mark.parametrize("name", ["paper", "paper_192", "gqa"])
+def test_lowers_as_the_benchmark_has_it(name, monkeypatch):
+    monkeypatch.undo()  # items and cores as they are
+    spec = BENCHMARK[name]
+    arrays = jax.eval_shape(lambda: random_inputs(spec, dtype=jnp.bfloat16))
+    where = (
+        jax.ShapeDtypeStruct((1, spec.length, *shape), jnp.int32)
+        for shape in ((spec.num_kv_heads, spec.nsa.num_selected_blocks), ())
+    )
+    lower(arrays["q"], *arrays["selected"], *where, spec.nsa.select_block_size)
 
 
 def test_one_block_lowers():
     """Indices of which there is only one are numbers that Pallas knows while it traces."""
     q, k = (jax.ShapeDtypeStruct((1, 64, heads, 64), jnp.bfloat16) for heads in (16, 1))
     where = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 64, 1, 1), (1, 64))]
-
-    def run(q, k, *where):
-        out, pull = jax.vjp(lambda *x: selected_attention(*x, *where, 64, 0.1), q, k, k)
-        return pull(out)
-
-    jax.jit(run).trace(q, k, *where).lower(lowering_platforms=("cuda",))
+    lower(q, k, k, *where, 64)
