@@ -14,7 +14,6 @@ from experiments.suite import Scale, Suite, Variant
 from experiments.suites import SUITES
 from nsa_jax.training import environment, seeds
 from nsa_jax.training import workdir as workdir_lib
-from nsa_jax.training.setup import explain_attention
 from nsa_jax.training.workdir import Workdir
 
 _HARDWARE = {
@@ -157,7 +156,7 @@ def _run(suite: Suite, plan: training.Plan, config: Mapping, seed: int, folder: 
 def _facts(plan: training.Plan, seed: int) -> dict[str, Any]:
     return {
         **environment.describe(),
-        "implementation": explain_attention(plan.model.config, plan.run.data.seq_len),
+        "implementation": plan.implementation,
         "seeds": {name: seeds.stream_seed(seed, name) for name in ("parameters", "data")},
         "parameter_count": plan.parameter_count,
     }

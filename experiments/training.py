@@ -25,6 +25,7 @@ from nsa_jax.training import config as config_lib
 from nsa_jax.training.config import ConfigError, RunConfig
 from nsa_jax.training.data import DataConfig, Pipeline, make_pipeline
 from nsa_jax.training.errors import NonFiniteError
+from nsa_jax.training.setup import explain_attention
 
 
 class Trained(NamedTuple):
@@ -114,6 +115,11 @@ class Plan:
             self.model.config, nsa=whole, selector=selectors.make("static", whole)
         )
         return Transformer(config)
+
+    @functools.cached_property
+    def implementation(self) -> dict[str, dict]:
+        """What runs the attention of `model` here, and why, as run.json has it."""
+        return explain_attention(self.model.config, self.run.data.seq_len)
 
     @functools.cached_property
     def updates(self) -> tuple[Callable, Callable]:

@@ -284,10 +284,8 @@ def sums_in_one_kernel(q, k, v, *, config: NSAConfig, implementation: str) -> bo
     """Whether `window_and_sum` can run a call that an implementation was asked for."""
     if implementation not in ("auto", "mosaic_gpu"):
         return False
-    refusal = dispatch.refusal("gated_sum", "mosaic_gpu", q, k, v, longest=config.window_size)
-    if refusal:
-        dispatch.decided("gated_sum", "xla", {"mosaic_gpu": refusal})
-    return refusal is None
+    longest = config.window_size
+    return dispatch.choose("gated_sum", "auto", q, k, v, longest=longest) == "mosaic_gpu"
 
 
 def _window(q, config, q_positions, document_starts):

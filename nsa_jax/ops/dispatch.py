@@ -69,8 +69,8 @@ def refusal(operation: str, implementation: str, *args, **kwargs) -> str | None:
     return kernel if isinstance(kernel, str) else kernel.refusal(operation, *args, **kwargs)
 
 
-def resolve(operation: str, implementation: str, *args, **kwargs) -> tuple[str, Callable]:
-    """The name and the function of the implementation that runs this call.
+def choose(operation: str, implementation: str, *args, **kwargs) -> str:
+    """The name of the implementation that runs this call, logged and recorded.
 
     Args:
       operation: one of `OPERATIONS` or `STEPS`, or "gated_sum".
@@ -92,6 +92,12 @@ def resolve(operation: str, implementation: str, *args, **kwargs) -> tuple[str, 
             raise UnsupportedError(f"implementation={implementation!r}: {reason}")
         refused[name] = reason
     decided(operation, name, refused)
+    return name
+
+
+def resolve(operation: str, implementation: str, *args, **kwargs) -> tuple[str, Callable]:
+    """What `choose` chooses, with its arguments and errors, and the function that runs it."""
+    name = choose(operation, implementation, *args, **kwargs)
     function = getattr(xla, operation) if name == "xla" else _load(operation, name).function
     return name, function
 
@@ -138,14 +144,14 @@ def explain(implementation: str) -> dict[str, dict]:
     """What the devices of this process allow, before any shapes are known, as `recorded` has it.
 
     Raises:
-      ValueError, UnsupportedError: as `resolve`.
+      ValueError, UnsupportedError: as `choose`.
     """
     with recorded() as record:
         for operation in OPERATIONS:
             if implementation == "reference":
                 decided(operation, "reference", {})
             else:
-                resolve(operation, implementation)
+                choose(operation, implementation)
     return record
 
 

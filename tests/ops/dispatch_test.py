@@ -1,8 +1,6 @@
 """Who runs a call, and what is said when nobody can."""
 
 import logging
-import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import nsa_jax
 import pallas_kernels
 from nsa_jax.ops import dispatch, xla
+from tests import fake_kernels
 from tests.arg_specs import SMALL, random_inputs
 
 
@@ -18,7 +17,6 @@ from tests.arg_specs import SMALL, random_inputs
 def fake_kernel(monkeypatch):
     """Registers a Triton kernel for interval_attention; returns how it was called."""
     calls = []
-    module = types.ModuleType("fake_triton_kernels")
 
     def interval_attention(*args, **kwargs):
         calls.append("run")
@@ -29,13 +27,7 @@ def fake_kernel(monkeypatch):
             return f"{operation} takes at most 8 features a head, not {args[0].shape[-1]}."
         return None
 
-    module.interval_attention, module.refusal = interval_attention, refusal
-    monkeypatch.setitem(sys.modules, "fake_triton_kernels", module)
-    monkeypatch.setitem(
-        pallas_kernels.KERNELS["interval_attention"],
-        "triton",
-        "fake_triton_kernels:interval_attention",
-    )
+    fake_kernels.register(monkeypatch, refusal, interval_attention=interval_attention)
     return calls
 
 

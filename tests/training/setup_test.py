@@ -1,14 +1,11 @@
 """What a run says about what runs its attention."""
 
-import sys
-import types
-
 import pytest
 
-import pallas_kernels
 from nsa_jax.ops import dense, dispatch
 from nsa_jax.training.config import run_config
 from nsa_jax.training.setup import explain_attention
+from tests import fake_kernels
 from tests.training import tiny_run
 
 
@@ -19,19 +16,11 @@ def record(**settings):
 
 @pytest.mark.parametrize("layers", ["as they are", "scanned", "recomputed"])
 def test_refusals_are_those_of_the_shapes_of_the_run(monkeypatch, layers):
-    module = types.ModuleType("fake_triton_kernels")
-
     def refusal(operation, *args, **kwargs):
         assert args, "asked without shapes"
         return f"{operation} of {args[0].dtype} takes no {args[0].shape[1]} queries."
 
-    for operation in dispatch.OPERATIONS:
-        setattr(module, operation, None)
-        where = pallas_kernels.KERNELS[operation], "triton", f"fake_triton_kernels:{operation}"
-        monkeypatch.setitem(*where)
-    module.refusal = refusal
-    monkeypatch.setitem(sys.modules, "fake_triton_kernels", module)
-
+    fake_kernels.register(monkeypatch, refusal, **dict.fromkeys(dispatch.OPERATIONS))
     options = {"scanned": {"model__scan_layers": True}, "recomputed": {"model__remat": True}}
     told = record(model__dtype="bfloat16", **options.get(layers, {}))
     seq_len = run_config(tiny_run.settings()).data.seq_len
