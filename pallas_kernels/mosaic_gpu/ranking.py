@@ -77,7 +77,7 @@ def _inserted(tops, x):
     return tuple(result)
 
 
-def _ones(word):
+def ones(word):
     """How many bits of each word are set."""
     word = word - (_shifted_right(word, 1) & 0x55555555)
     word = (word & 0x33333333) + (_shifted_right(word, 2) & 0x33333333)
@@ -85,11 +85,11 @@ def _ones(word):
     return _shifted_right(word * 0x01010101, 24)
 
 
-def _position(word, n):
+def nth_bit(word, n):
     """The position of the n-th set bit of each word, counted from 0."""
     position = jnp.zeros_like(word)
     for width in (16, 8, 4, 2, 1):
-        below = _ones(word & ((1 << width) - 1))
+        below = ones(word & ((1 << width) - 1))
         above = n >= below
         n = jnp.where(above, n - below, n)
         word = jnp.where(above, _shifted_right(word, width), word)
@@ -293,4 +293,4 @@ def places(scores, chosen, number):
 
     state = _zeros((queries,), OF_QUERIES), zero, zero, zero - 1
     _, word, nth, origin = jax.lax.fori_loop(*scores.passes, step, state)
-    return jnp.where(origin < 0, -1, origin + _position(word, nth))
+    return jnp.where(origin < 0, -1, origin + nth_bit(word, nth))

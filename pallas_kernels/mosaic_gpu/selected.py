@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from pallas_kernels.lists import inverted_index, search
 from pallas_kernels.mosaic_gpu import launch, lists, rows, selected_dkv, selected_dq, tuning
 from pallas_kernels.mosaic_gpu.common import ROWS, TILE_ROWS, padded_keys
-from pallas_kernels.mosaic_gpu.launch import refusal  # noqa: F401 - see pallas_kernels.KERNELS
 from pallas_kernels.mosaic_gpu.selected_forward import forward
 
 #: Queries of a block that one program takes for dk and dv.
@@ -43,11 +42,16 @@ def _join_heads(x, group):
     return x[:, :, :, :group].reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _tiles(kernel, q, k, v, block_indices, q_positions, block_size):
-    """What a walk over tiles of queries needs: unions, and the position of each row's query."""
+def _cut(kernel, q, k, v):
+    """Heads of a query, warpgroups that compute, and queries of a tile."""
     heads = _heads(q.shape[2] // k.shape[2])
     computing = tuning.computing(kernel, q.shape[3], v.shape[3])
-    queries = computing * ROWS // heads
+    return heads, computing, computing * ROWS // heads
+
+
+def _tiles(kernel, q, k, v, block_indices, q_positions, block_size):
+    """What a walk over tiles of queries needs: unions, and the position of each row's query."""
+    heads, computing, queries = _cut(kernel, q, k, v)
     unions = lists.unions(
         *(block_indices, q_positions), queries=queries, block_size=block_size, num_keys=k.shape[1]
     )
@@ -147,3 +151,21 @@ def selected_attention(q, k, v, block_indices, q_positions, block_size, scale, g
         functools.partial(run, block_size=block_size, scale=scale) for run in (_forward, _backward)
     )
     return launch.differentiable(*passes)(gate, q, k, v, block_indices, q_positions)
+
+
+def refusal(operation: str, *args, **kwargs) -> str | None:
+    """Why Mosaic GPU cannot run such a call here, or None; see `pallas_kernels.KERNELS`."""
+    reason = launch.refusal(operation, *args, **kwargs)
+    if reason or not args:
+        return reason
+    q, k, v, block_indices = args[:4]
+    block_size = kwargs["block_size"] if "block_size" in kwargs else args[5]
+    blocks = -(-k.shape[1] // block_size)
+    for kernel in ("selected_forward", "selected_dq"):
+        queries = _cut(kernel, q, k, v)[2]
+        if not lists.Sizes.make(queries, block_indices.shape[3], blocks).fits:
+            return (
+                f"mosaic_gpu's selected_attention has no room for lists of {blocks} blocks for "
+                f"{queries} queries at a time."
+            )
+    return None

@@ -1,9 +1,9 @@
-"""What a warp does for itself, which Pallas, whose least unit is a warpgroup, has no words for.
+"""What a warp or a thread does for itself, which Pallas has no words for.
 
-Every warp has WARP_ROWS rows of a tile in its registers. These functions are written in Mosaic GPU
-itself. Interpreted, each is what its docstring says, for the whole warpgroup: that proves the
-mathematics around it, and cross-lowering on a CPU that it compiles; what a single warp does only a
-GPU shows.
+The least unit of Pallas is a warpgroup. Every warp has WARP_ROWS rows of a tile in its registers.
+These functions are written in Mosaic GPU itself. Interpreted, each is what its docstring says, for
+the whole warpgroup: that proves the mathematics around it, and cross-lowering on a CPU that it
+compiles; what a single warp does only a GPU shows.
 """
 
 import functools
@@ -11,9 +11,10 @@ import functools
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxlib.mlir.dialects import arith, memref, nvvm, vector
 
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.common import OF_ROWS, ROWS, TILE
@@ -74,6 +75,38 @@ def any_above(x, limit):
         return mgpu.FragmentedArray.splat(answer, (), is_signed=True)
 
     return vote(x, limit) != 0
+
+
+def strided(length):
+    """The layout of a vector whose elements go round the threads of a warpgroup."""
+    return plgpu.Layout.WG_STRIDED((length,), vec_size=1)
+
+
+def gather(ref, index):
+    """ref[index], each element of its own place.
+
+    Args:
+      ref: int32 [any], in shared memory.
+      index: int32 [length], `strided`, within its bounds.
+
+    Returns:
+      Like index.
+    """
+    if launch.is_interpreted():
+        return ref[...][index]
+    layout = strided(*index.shape)
+    result = plgpu.ShapeDtypeStruct(index.shape, jnp.int32, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=result)
+    def read(ctx, ref, index):
+        del ctx
+        registers = np.empty_like(index.registers)
+        for i, register in np.ndenumerate(index.registers):
+            at = arith.index_cast(ir.IndexType.get(), _element(register, 0))
+            registers[i] = vector.broadcast(register.type, memref.load(ref, [at]))
+        return mgpu.FragmentedArray(_registers=registers, _layout=index.layout, _is_signed=True)
+
+    return read(ref, index)
 
 
 def _element(register, i):

@@ -148,9 +148,9 @@ def test_bits_of_words():
     words = np.array([0b1, 0x80000000, 0xFFFFFFFF, 0b10110, 0x80010000], np.uint32)
     expected = [[i for i in range(32) if word >> i & 1] for word in words.tolist()]
     words = jnp.asarray(words.astype(np.int32))
-    assert ranking._ones(words).tolist() == [len(positions) for positions in expected]
+    assert ranking.ones(words).tolist() == [len(positions) for positions in expected]
     for n in range(32):
-        position = ranking._position(words, jnp.full_like(words, n)).tolist()
+        position = ranking.nth_bit(words, jnp.full_like(words, n)).tolist()
         for actual, positions in zip(position, expected, strict=True):
             assert n >= len(positions) or actual == positions[n]
 

@@ -1,5 +1,6 @@
 """selected_attention's Mosaic GPU kernels: interpreted on a CPU, and lowered for a GPU."""
 
+import functools
 import math
 
 import jax
@@ -251,17 +252,73 @@ def test_positions_before_all_keys():
     assert_agrees(where, q, k, v)
 
 
+def unions_of(*args, **sizes):
+    with interpreted():
+        return jax.jit(functools.partial(lists.unions, **sizes))(*args)
+
+
 def test_unions_by_hand():
     """Two tiles of two queries, the last one with one query: blocks, who wants them, counts."""
     blocks = jnp.array([[0, 2], [2, 3], [1, 9]], jnp.int32)[None, :, None]
     positions = jnp.array([[191, 200, 210]], jnp.int32)
-    unions = lists.unions(blocks, positions, queries=2, block_size=64, num_keys=256)
+    unions = unions_of(blocks, positions, queries=2, block_size=64, num_keys=256)
     # Block 9 does not exist; block 2 ends at key 191, which both queries of the tile have reached.
     np.testing.assert_array_equal(unions.counts[0, 0], [[3, 2], [1, 1]])
     np.testing.assert_array_equal(unions.blocks[0, 0, 0, :3], [0, 2, 3])
     np.testing.assert_array_equal(unions.masks[0, 0, 0, :3], [0b01, 0b11, 0b10])
     np.testing.assert_array_equal(unions.blocks[0, 0, 1, :1], [1])
     np.testing.assert_array_equal(unions.masks[0, 0, 1, :1], [0b01])
+
+
+@pytest.mark.parametrize(
+    ("queries", "selected", "block_size", "keys", "start"),
+    [
+        (8, 3, 64, 200, 0),
+        (24, 1, 128, 131, 5),
+        (12, 16, 64, 4000, 100),
+        (31, 16, 64, 64 * 33, 0),
+        (12, 16, 64, 70_000, 3),  # more than 1024 blocks
+        (3, 2, 64, 64 * 4100, 3),
+    ],
+)
+def test_unions_are_those_of_sets(queries, selected, block_size, keys, start):
+    """What lies beyond the keys is no block; a tile may lack queries, and have no block at all."""
+    length, groups, num_blocks = 3 * queries + 1, 2, -(-keys // block_size)
+    rng = np.random.default_rng(keys)
+    blocks = np.stack(
+        [
+            rng.choice(max(num_blocks + 2, selected), selected, replace=False)
+            for _ in range(2 * length * groups)
+        ]
+    ).reshape(2, length, groups, selected)
+    blocks = np.where(rng.random(blocks.shape) < 0.2, -1, blocks)
+    blocks[1, :queries] = -1
+    positions = np.array(positions_from(start, 2, length))
+    sizes = {"queries": queries, "block_size": block_size, "num_keys": keys}
+    found = unions_of(jnp.asarray(blocks, jnp.int32), jnp.asarray(positions), **sizes)
+    assert found.blocks.shape[:3] == (2, groups, 4)
+    for batch, group, tile in np.ndindex(2, groups, 4):
+        mine = slice(tile * queries, (tile + 1) * queries)
+        wanted = [set(x) & set(range(num_blocks)) for x in blocks[batch, mine, group].tolist()]
+        union = sorted(set().union(*wanted))
+        passed = [x for x in union if (x + 1) * block_size - 1 <= positions[batch, mine].min()]
+        masks = [sum(1 << i for i, x in enumerate(wanted) if block in x) for block in union]
+        at = batch, group, tile
+        assert found.counts[at].tolist() == [len(union), len(passed)]
+        assert found.blocks[at][: len(union)].tolist() == union
+        assert found.masks[at][: len(union)].tolist() == masks
+
+
+def test_lists_that_shared_memory_has_no_room_for_are_refused(monkeypatch):
+    monkeypatch.setattr(launch, "device", lambda: ("NVIDIA H100", 9.0))
+
+    def refusal(keys):
+        shapes = (1, 64, 16, 64), (1, keys, 1, 64), (1, keys, 1, 64), (1, 64, 1, 16), (1, 64)
+        arrays = (jax.ShapeDtypeStruct(shape, jnp.float16) for shape in shapes)
+        return selected.refusal("selected_attention", *arrays, 64, 0.1)
+
+    assert refusal(2**21) is None
+    assert "no room for lists of 262144 blocks for 12 queries" in refusal(2**24)
 
 
 def lower(q, k, v, blocks, positions, block_size):
