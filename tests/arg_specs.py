@@ -64,6 +64,16 @@ HOPPER = {
     ),
 }
 
+#: The rest of the head sizes that they take, and groups of 2 and of 32 heads.
+HOPPER_HEADS = {
+    "64_256": ArgSpec(2, 331, 4, 2, 64, 256, NSAConfig(num_selected_blocks=4)),
+    "128_256": ArgSpec(1, 413, 32, 1, 128, 256, NSAConfig(num_selected_blocks=4)),
+    "192_64": ArgSpec(1, 397, 4, 2, 192, 64, NSAConfig(num_selected_blocks=4)),
+    "192_256": ArgSpec(1, 350, 16, 1, 192, 256, NSAConfig(num_selected_blocks=4)),
+    "256_64": ArgSpec(1, 329, 32, 1, 256, 64, NSAConfig(num_selected_blocks=4)),
+    "256_128": ArgSpec(1, 409, 8, 1, 256, 128, NSAConfig(num_selected_blocks=4)),
+}
+
 #: What the benchmarks time, at lengths of their own. The paper's model has 64 query heads on 4
 #: groups, with values narrower than keys (section 4.1): 192 and 128.
 BENCHMARK = {

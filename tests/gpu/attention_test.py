@@ -11,7 +11,7 @@ import pytest
 from nsa_jax import KeyValue, NSAConfig, native_sparse_attention
 from nsa_jax.ops import dispatch, reference
 from nsa_jax.ops.branches import compressed_attention, select_blocks
-from tests.arg_specs import HOPPER, SMALL, ArgSpec, random_inputs
+from tests.arg_specs import HOPPER, HOPPER_HEADS, SMALL, ArgSpec, random_inputs
 from tests.gpu.agreement import TOLERANCE, assert_close, in_float32
 
 pytestmark = pytest.mark.gpu
@@ -51,21 +51,29 @@ def blocks_of_the_oracle(arrays, spec):
     return native_sparse_attention(**arrays, config=spec.nsa, implementation="reference")[1]
 
 
+def assert_agrees(arrays, spec, kernels):
+    exact, dtype = in_float32(arrays), arrays["q"].dtype.type
+    # The same blocks for both, so that a tie broken by the last bit is no disagreement.
+    blocks = blocks_of_the_oracle(exact, spec)
+    out, gradients = value_and_gradients(arrays, spec, kernels, block_indices=blocks)
+    expected = value_and_gradients(exact, spec, "reference", block_indices=blocks)
+    assert out.dtype == dtype
+    assert all(x.dtype == dtype for x in jax.tree.leaves(gradients))
+    assert_close(out, expected[0], TOLERANCE[dtype])
+    assert_close(gradients, expected[1], 2 * TOLERANCE[dtype])
+
+
 # All dtypes in one test: they share the compiled oracle.
 @pytest.mark.parametrize(("kernels", "name"), CASES)
 def test_kernels_agree_with_the_oracle(kernels, name):
-    spec = SPECS[name]
     for dtype in DTYPES[kernels]:
-        arrays = random_inputs(spec, dtype=dtype)
-        exact = in_float32(arrays)
-        # The same blocks for both, so that a tie broken by the last bit is no disagreement.
-        blocks = blocks_of_the_oracle(exact, spec)
-        out, gradients = value_and_gradients(arrays, spec, kernels, block_indices=blocks)
-        expected = value_and_gradients(exact, spec, "reference", block_indices=blocks)
-        assert out.dtype == dtype
-        assert all(x.dtype == dtype for x in jax.tree.leaves(gradients))
-        assert_close(out, expected[0], TOLERANCE[dtype])
-        assert_close(gradients, expected[1], 2 * TOLERANCE[dtype])
+        assert_agrees(random_inputs(SPECS[name], dtype=dtype), SPECS[name], kernels)
+
+
+@pytest.mark.parametrize("name", HOPPER_HEADS)
+def test_every_pair_of_head_sizes_agrees_with_the_oracle(name):
+    spec = HOPPER_HEADS[name]
+    assert_agrees(random_inputs(spec, dtype=jnp.bfloat16), spec, "mosaic_gpu")
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -77,12 +85,7 @@ def test_scores_that_grow_along_the_keys(kernels):
         k, v = arrays[branch]
         growth = jnp.linspace(0, 6, k.shape[1], dtype=k.dtype)[:, None, None]
         arrays[branch] = KeyValue(k * growth, v)
-    exact = in_float32(arrays)
-    blocks = blocks_of_the_oracle(exact, spec)
-    out, gradients = value_and_gradients(arrays, spec, kernels, block_indices=blocks)
-    expected = value_and_gradients(exact, spec, "reference", block_indices=blocks)
-    assert_close(out, expected[0], TOLERANCE[jnp.float16])
-    assert_close(gradients, expected[1], 2 * TOLERANCE[jnp.float16])
+    assert_agrees(arrays, spec, kernels)
 
 
 @pytest.mark.parametrize(("kernels", "name"), CASES)
@@ -197,12 +200,25 @@ LONG = ArgSpec(1, 262144, 64, 4, 128, 128, NSAConfig())
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_kernels_at_262144_tokens(kernels):
-    """Offsets pass 2**31 here. A few queries of the last group, and their dq, meet the oracle."""
+    """Offsets pass 2**31 here. What is of the last group's last keys and of some queries is exact.
+
+    The last 64 keys, and compressed keys of nothing earlier, have their gradients from the last 64
+    queries alone.
+    """
     spec = LONG
     arrays = jax.jit(functools.partial(random_inputs, spec, dtype=jnp.bfloat16))()
-    end = spec.length
-    sampled = jnp.array([0, 31, 32, end // 3, end // 2 - 1, end // 2, end - 65, end - 1])
+    end, last = spec.length, spec.nsa.select_block_size
+    some = jnp.array([0, 31, 32, end // 3, end // 2 - 1, end // 2, end - last - 1])
+    sampled = jnp.concatenate([some, jnp.arange(end - last, end)])
     group = spec.num_heads // spec.num_kv_heads
+    compressed = (last - spec.nsa.compress_block_size) // spec.nsa.compress_stride + 1
+    last_keys = {"compressed": compressed, "selected": last, "window": last}
+
+    def gradients_of_last_keys(gradients):
+        return {
+            branch: jax.tree.map(lambda x, n=n: x[:, -n:, -1:], gradients[branch])
+            for branch, n in last_keys.items()
+        }
 
     @jax.jit
     def run(arrays):
@@ -213,7 +229,8 @@ def test_kernels_at_262144_tokens(kernels):
         (gradients,) = pull(arrays["q"])  # any array of the output's shape will do
         finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(gradients)]
         rows = (out[:, sampled, -group:], gradients["q"][:, sampled, -group:])
-        return rows, blocks[:, sampled, -1:], jnp.stack(finite).all()
+        keys = gradients_of_last_keys(gradients)
+        return (*rows, keys), blocks[:, sampled, -1:], jnp.stack(finite).all()
 
     @jax.jit
     def oracle(arrays, blocks):
@@ -223,10 +240,10 @@ def test_kernels_at_262144_tokens(kernels):
         rest = jax.tree.map(lambda x: x[:, :, -1:], rest)
         rows, rest = in_float32((rows, rest))
 
-        def attention(q):
+        def attention(q, keys):
             return native_sparse_attention(
                 q,
-                **rest,
+                **keys,
                 gates=rows["gates"],
                 config=spec.nsa,
                 q_positions=sampled[None],
@@ -234,14 +251,15 @@ def test_kernels_at_262144_tokens(kernels):
                 implementation="reference",
             )[0]
 
-        out, pull = jax.vjp(attention, rows["q"])
-        return out, *pull(rows["q"])
+        out, pull = jax.vjp(attention, rows["q"], rest)
+        d_q, gradients = pull(rows["q"])
+        return out, d_q, gradients_of_last_keys(gradients)
 
     actual, blocks, finite = run(arrays)
     assert bool(finite)
     expected = oracle(arrays, blocks)
     assert_close(actual[0], expected[0], TOLERANCE[jnp.bfloat16])
-    assert_close(actual[1], expected[1], 2 * TOLERANCE[jnp.bfloat16])
+    assert_close(actual[1:], expected[1:], 2 * TOLERANCE[jnp.bfloat16])
 
 
 @pytest.mark.parametrize(

@@ -40,16 +40,31 @@ def train(**changes):
     return losses, state
 
 
-def test_twenty_updates_agree_with_xla():
-    (actual, _), (expected, _) = (train(implementation=name) for name in ("triton", "xla"))
+#: Sizes that the kernels for Hopper take.
+HOPPER = {
+    "model__head_dim": 64,
+    "nsa__compress_block_size": 32,
+    "nsa__compress_stride": 16,
+    "nsa__select_block_size": 64,
+    "nsa__num_selected_blocks": 3,
+    "nsa__window_size": 64,
+    "data__seq_len": 256,
+}
+
+
+@pytest.mark.parametrize(("kernels", "sizes"), [("triton", {}), ("mosaic_gpu", HOPPER)])
+def test_twenty_updates_agree_with_xla(kernels, sizes):
+    (actual, _), (expected, _) = (train(implementation=x, **sizes) for x in (kernels, "xla"))
     assert expected[-1] < 0.8 * expected[0], "nothing was learned"
     # bfloat16 activations have 8 bits, and a selected block may change with the last of them.
     np.testing.assert_allclose(actual, expected, rtol=2e-2)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
-def test_twenty_updates_give_the_same_bits_twice(implementation):
-    first, second = (train(implementation=implementation) for _ in range(2))
+@pytest.mark.parametrize(
+    ("implementation", "sizes"), [("xla", {}), ("triton", {}), ("mosaic_gpu", HOPPER)]
+)
+def test_twenty_updates_give_the_same_bits_twice(implementation, sizes):
+    first, second = (train(implementation=implementation, **sizes) for _ in range(2))
     chex.assert_trees_all_equal(first, second)
 
 
