@@ -52,7 +52,7 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
             q_rows, d_out_rows = (x.at[warpgroup] for x in (q_smem, d_out_smem))
             load_rows(walk, q, q_rows, loaded, place)
             load_rows(walk, d_out, d_out_rows, loaded, place)
-            position = walk.of_rows(positions.at[place.batch, place.tile])
+            numbers = walk.numbers(place, (blocks, masks, counts), positions)
             row_lse2, row_delta = (walk.of_rows(x.at[*place]) for x in (lse2, delta))
             plgpu.barrier_wait(loaded)
 
@@ -60,7 +60,7 @@ def dq(q, k, v, d_out, lse2, delta, lists, positions, *, block_size, scale):
                 return _dq_step(keys, acc, q_rows, d_out_rows, row_lse2, row_delta, scale * LOG2E)
 
             slot, acc = walk.consume(
-                *(step, place, (blocks, masks, counts), position, ring, slot),
+                *(step, place, numbers, (blocks, masks, counts), ring, slot),
                 full((ROWS, features), 0.0),
             )
             q_rows[...] = (acc * scale).astype(q.dtype)

@@ -72,7 +72,7 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
             loaded = rows_loaded.at[warpgroup]
             q_smem, out_smem = (rows_smem[i].at[warpgroup] for i in (0, -1))
             load_rows(walk, q, q_smem, loaded, place)
-            position = walk.of_rows(positions.at[place.batch, place.tile])
+            numbers = walk.numbers(place, (blocks, masks, counts), positions)
             plgpu.barrier_wait(loaded)
             q_tile = tiles_of_columns(q_smem)
             # Values of 256 features leave no registers for it, and a third warpgroup not for more.
@@ -88,7 +88,7 @@ def forward(q, k, v, lists, positions, *, block_size, scale):
                 full((ROWS, FOLDED), 0.0),
             )
             slot, (acc, offset, total) = walk.consume(
-                step, place, (blocks, masks, counts), position, ring, slot, state
+                step, place, numbers, (blocks, masks, counts), ring, slot, state
             )
             total = total.sum(axis=1)
             empty = total == 0

@@ -87,6 +87,20 @@ class Step(NamedTuple):
         return jax.lax.cond(self.concerned, run, nothing, x, *state)
 
 
+class Numbers(NamedTuple):
+    """What a computing warpgroup knows of a tile before its walk.
+
+    Attributes:
+      steps: how many there are, and how many of them all rows have passed, which come first.
+      masks: of the first two steps.
+      position: int32 [ROWS], of the query of each row.
+    """
+
+    steps: tuple[jax.Array, jax.Array]
+    masks: tuple[jax.Array, jax.Array]
+    position: jax.Array
+
+
 class TileWalk(NamedTuple):
     """The walk of all tiles.
 
@@ -211,21 +225,31 @@ class TileWalk(NamedTuple):
             return n + 1, self.next_slot(slot)
 
         start = jnp.int32(0), jnp.int32(0)
-        n, _ = self.over_tiles(partial(self._over_steps, step, counts), start)
+        def of_tile(place, carry):
+            return _over_steps(partial(step, place=place), self._steps(counts, place), carry)
+
+        n, _ = self.over_tiles(of_tile, start)
 
         # Nobody leaves before all is read.
         @pl.loop(0, jnp.minimum(n, self.stages))
         def _(slot):
             plgpu.barrier_wait(ring.released.at[slot])
 
-    def consume(self, body, place, lists, position, ring, slot, state):
+    def numbers(self, place, lists, positions):
+        """`Numbers` of a tile, to be read before this warpgroup waits for its rows."""
+        _, masks, counts = lists
+        position = self.of_rows(positions.at[place.batch, place.tile])
+        first_two = tuple(self._mask(masks, place, i) for i in (0, 1))
+        return Numbers(self._steps(counts, place), first_two, position)
+
+    def consume(self, body, place, numbers, lists, ring, slot, state):
         """A computing warpgroup: state = body(step, state) for each step that is its own.
 
         Args:
           body: takes a `Step` and the state.
           place: the tile.
+          numbers: of the tile.
           lists: blocks, masks, counts.
-          position: int32 [ROWS], of the query of each row.
           ring: what `load` fills.
           slot: its first stage.
           state: a tree of arrays in registers.
@@ -233,20 +257,16 @@ class TileWalk(NamedTuple):
         Returns:
           The stage after the last one of this tile, and the state.
         """
-        blocks, masks, counts = lists
+        blocks, masks, _ = lists
         first_bit = jax.lax.axis_index("warpgroup") * self.queries
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=OF_ROWS)
         bit = jax.lax.shift_left(jnp.int32(1), first_bit + row // self.heads)
         own = jax.lax.shift_left(jnp.int32((1 << self.queries) - 1), first_bit)
         of_warp = warps.bits(first_bit, self.heads)
 
-        def mask_of(i):
-            # Early, for nobody to wait for memory; beyond the last one anything will do.
-            return masks[*place, jnp.minimum(divide(i, self.parts)[0], masks.shape[3] - 1)]
-
-        def step(i, carry, place, whole):
+        def step(i, carry, whole):
             slot, mask, next_mask, state = carry
-            later_mask = mask_of(i + 2)
+            later_mask = self._mask(masks, place, i + 2)  # early, for nobody to wait for memory
 
             def walk(state):
                 chosen, concerned = (bit & mask) != 0, (of_warp & mask) != 0
@@ -255,7 +275,7 @@ class TileWalk(NamedTuple):
                     entry, part = divide(i, self.parts)
                     start = blocks[*place, entry] * self.block_size + part * KEYS
                     key = start + plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=TILE)
-                    seen = key <= by_row(jnp.where(chosen, position, -1), (ROWS, KEYS))
+                    seen = key <= by_row(jnp.where(chosen, numbers.position, -1), key.shape)
                 keys, values = ring.keys.at[slot], ring.values.at[slot]
                 return body(Step(keys, values, chosen, concerned, seen), state)
 
@@ -264,16 +284,24 @@ class TileWalk(NamedTuple):
             plgpu.barrier_arrive(ring.released.at[slot])
             return self.next_slot(slot), next_mask, later_mask, state
 
-        carry = slot, mask_of(0), mask_of(1), state
-        slot, _, _, state = self._over_steps(step, counts, place, carry)
+        carry = slot, *numbers.masks, state
+        slot, _, _, state = _over_steps(step, numbers.steps, carry)
         return slot, state
 
-    def _over_steps(self, step, counts, place, carry):
-        """carry = step(i, carry, place, whole) for all steps of a tile; `whole` ones come first."""
-        steps, whole_steps = (counts[*place, i] * self.parts for i in (0, 1))
-        for begin, end, whole in ((0, whole_steps, True), (whole_steps, steps, False)):
-            carry = jax.lax.fori_loop(begin, end, partial(step, place=place, whole=whole), carry)
-        return carry
+    def _steps(self, counts, place):
+        return tuple(counts[*place, i] * self.parts for i in (0, 1))
+
+    def _mask(self, masks, place, i):
+        """The queries that selected the block of the i-th step; beyond the last one, anything."""
+        return masks[*place, jnp.minimum(divide(i, self.parts)[0], masks.shape[3] - 1)]
+
+
+def _over_steps(step, steps, carry):
+    """carry = step(i, carry, whole) for all steps of a tile; `whole` ones come first."""
+    steps, whole_steps = steps
+    for begin, end, whole in ((0, whole_steps, True), (whole_steps, steps, False)):
+        carry = jax.lax.fori_loop(begin, end, partial(step, whole=whole), carry)
+    return carry
 
 
 def load_reached(source, stage, loaded, raw, last):
