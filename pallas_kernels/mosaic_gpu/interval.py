@@ -198,14 +198,16 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
             release_queries(r)
         return before + steps, *next_numbers
 
-    def copy(r, before):
-        (batch, kv_head, pair), walk = work.place(r), work.walk(r)
+    def fill_q(r, slot):
+        batch, kv_head, pair = work.place(r)
+        for i in range(COMPUTE):
+            for part, features in zip(q_smem, columns, strict=True):
+                where = part.at[slot, i], q_there.at[slot]
+                rows.load(q, *where, batch, kv_head, pair * COMPUTE + i, features.start)
 
-        def fill_q(_, slot):
-            for i in range(COMPUTE):
-                for part, features in zip(q_smem, columns, strict=True):
-                    where = part.at[slot, i], q_there.at[slot]
-                    rows.load(q, *where, batch, kv_head, pair * COMPUTE + i, features.start)
+    def copy(r, state):
+        before, walk = state
+        batch, kv_head, _ = work.place(r)
 
         def fill(ref, buffer, there, n, slot):
             def begin(first, size):
@@ -220,9 +222,15 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         steps = walk.steps + (cut.tail > 0)
         fill_k = functools.partial(fill, k, k_smem, k_there)
         fill_v = functools.partial(fill, v, v_smem, v_there)
-        walks.stream(1, q_stages, (q_free, fill_q), before=r)
-        walks.stream(steps, stages, (k_free, fill_k), (v_free, fill_v), before=before)
-        return before + steps
+        of_keys = (k_free, fill_k), (v_free, fill_v)
+        # With all stages full it would only wait. Where there is room for two rounds of queries,
+        # those of the last one are left by then, and the next round can begin with its keys.
+        begun = jnp.minimum(steps, stages) if q_stages > 1 else steps
+        walks.stream(begun, stages, *of_keys, before=before)
+        walks.stream(jnp.minimum(r + 2, work.rounds), q_stages, (q_free, fill_q), begin=r + 1)
+        next_walk = work.walk(jnp.minimum(r + 1, work.rounds - 1))
+        walks.stream(steps, stages, *of_keys, begin=begun, before=before)
+        return before + steps, next_walk
 
     def compute_all():
         turns.begin()
@@ -232,7 +240,8 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         turns.end()
 
     def copy_all():
-        steps = jax.lax.fori_loop(0, work.rounds, copy, jnp.int32(0))
+        walks.stream(1, q_stages, (q_free, fill_q))
+        steps, _ = jax.lax.fori_loop(0, work.rounds, copy, (jnp.int32(0), work.walk(0)))
         walks.drain(steps, stages, k_free, v_free)
         walks.drain(work.rounds, q_stages, q_free)
 

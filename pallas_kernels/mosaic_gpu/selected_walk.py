@@ -225,6 +225,7 @@ class TileWalk(NamedTuple):
             return n + 1, self.next_slot(slot)
 
         start = jnp.int32(0), jnp.int32(0)
+
         def of_tile(place, carry):
             return _over_steps(partial(step, place=place), self._steps(counts, place), carry)
 

@@ -219,7 +219,7 @@ def keys(ref, batch, first, size, kv_head):
     return ref.at[batch, pl.ds(pl.multiple_of(first, TILE_ROWS), size), kv_head]
 
 
-def stream(steps, stages, *streams, before=0):
+def stream(steps, stages, *streams, begin=0, before=0):
     """The memory warpgroup's loop, which keeps `stages` steps in shared memory.
 
     Args:
@@ -227,10 +227,11 @@ def stream(steps, stages, *streams, before=0):
       stages: slots for them.
       *streams: of each, a barrier by slot that says that it is free, and a function of the step and
         its slot that begins to fill it.
-      before: how many steps there were before these.
+      begin: the first step to copy.
+      before: how many steps there were before step 0.
     """
 
-    @pl.loop(0, steps)
+    @pl.loop(begin, steps)
     def _(n):
         slot = jax.lax.rem(before + n, stages)
         for free, fill in streams:
