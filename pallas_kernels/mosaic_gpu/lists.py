@@ -83,6 +83,25 @@ def _over_parts(length, body):
         body(pl.ds(begin, size), begin + index)
 
 
+def _locate(place, words, ends, first, number):
+    """The word, and the bit in it, of the place-th bit of each list's words.
+
+    Args:
+      place: counted from 0; beyond the last one, anything is found.
+      words: of all lists.
+      ends: how many bits those of a list have up to each of them.
+      first: where the list's words begin.
+      number: how many it has.
+    """
+    word = jnp.zeros_like(place)
+    for step in (1 << i for i in reversed(range(number.bit_length()))):
+        further = jnp.minimum(word + step, number)
+        word = jnp.where(gather(ends, first + further - 1) <= place, further, word)
+    word = jnp.minimum(word, number - 1)
+    bits = gather(words, first + word)
+    return word, nth_bit(bits, place - (gather(ends, first + word) - ones(bits)))
+
+
 def _find_unions(entries, blocks, masks, unions, scratch, *, sizes):
     """The lists of a few tiles.
 
@@ -137,15 +156,7 @@ def _find_unions(entries, blocks, masks, unions, scratch, *, sizes):
 
     def fill(part, index):
         tile, place = divide(index, sizes.entries)
-        first = tile * sizes.words
-        word = jnp.zeros_like(index)
-        for step in (1 << i for i in reversed(range(sizes.words.bit_length()))):
-            further = jnp.minimum(word + step, sizes.words)
-            word = jnp.where(gather(ends, first + further - 1) <= place, further, word)
-        word = jnp.minimum(word, sizes.words - 1)
-        bits = gather(of_tiles, first + word)
-        begin = gather(ends, first + word) - ones(bits)
-        bit = nth_bit(bits, place - begin)
+        word, bit = _locate(place, of_tiles, ends, tile * sizes.words, sizes.words)
         blocks[program, part] = word * WORD + bit
 
         def add(query, mask):
