@@ -47,9 +47,16 @@ class Sizes(NamedTuple):
 
     @classmethod
     def make(cls, queries, selected, num_blocks):
-        """For so many queries, blocks of each, and blocks there are."""
-        entries, words = padded(queries * selected, WORD), padded(pl.cdiv(num_blocks, WORD), WORD)
-        return cls(THREADS // math.gcd(entries, words, THREADS), queries, selected, entries, words)
+        """For so many queries, blocks of each, and blocks there are; the most tiles that fit."""
+
+        def padded_to(unit):
+            entries = padded(queries * selected, unit)
+            words = padded(pl.cdiv(num_blocks, WORD), unit)
+            tiles = THREADS // math.gcd(entries, words, THREADS)
+            return cls(tiles, queries, selected, entries, words)
+
+        sizes = [padded_to(unit) for unit in (WORD, 2 * WORD, THREADS)]
+        return next((x for x in sizes if x.fits), sizes[-1])
 
     @property
     def memory(self):

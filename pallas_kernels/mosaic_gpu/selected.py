@@ -129,7 +129,7 @@ def selected_attention(q, k, v, block_indices, q_positions, block_size, scale, g
     Differentiable in q, k, v and the gate, through both results.
 
     Args:
-      q: queries [B, T, N, H], bfloat16 or float16; see `launch.refusal` for what is taken.
+      q: queries [B, T, N, H], bfloat16 or float16; see `refusal` for what is taken.
       k: keys [B, S, K, H]; K divides N, and the G = N // K heads of a group share their blocks.
       v: values [B, S, K, V].
       block_indices: int32 [B, T, K, M], distinct within a row; -1 stands for no block.
@@ -154,7 +154,11 @@ def selected_attention(q, k, v, block_indices, q_positions, block_size, scale, g
 
 
 def refusal(operation: str, *args, **kwargs) -> str | None:
-    """Why Mosaic GPU cannot run such a call here, or None; see `pallas_kernels.KERNELS`."""
+    """Why Mosaic GPU cannot run such a call here, or None; see `pallas_kernels.KERNELS`.
+
+    Beside what `launch.refusal` says, lists have to fit shared memory: with blocks of 64 those of
+    8 million keys do in groups of 16 heads or more, of 4 million in smaller ones.
+    """
     reason = launch.refusal(operation, *args, **kwargs)
     if reason or not args:
         return reason
@@ -166,6 +170,6 @@ def refusal(operation: str, *args, **kwargs) -> str | None:
         if not lists.Sizes.make(queries, block_indices.shape[3], blocks).fits:
             return (
                 f"mosaic_gpu's selected_attention has no room for lists of {blocks} blocks for "
-                f"{queries} queries at a time."
+                f"{queries} queries at a time; fewer keys or larger blocks fit."
             )
     return None

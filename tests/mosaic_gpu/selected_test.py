@@ -278,12 +278,15 @@ def test_unions_by_hand():
         (12, 16, 64, 4000, 100),
         (31, 16, 64, 64 * 33, 0),
         (12, 16, 64, 70_000, 3),  # more than 1024 blocks
+        (12, 16, 64, 70_000, 64 * 40),  # passed blocks in two words
+        (8, 16, 64, 64 * 100, 64 * 32 - 20),  # tiles that have passed 31, 32 and 33 blocks
+        (24, 16, 64, 64 * 4096, 3),  # one tile a program
         (3, 2, 64, 64 * 4100, 3),
     ],
 )
 def test_unions_are_those_of_sets(queries, selected, block_size, keys, start):
     """What lies beyond the keys is no block; a tile may lack queries, and have no block at all."""
-    length, groups, num_blocks = 3 * queries + 1, 2, -(-keys // block_size)
+    length, groups, num_blocks = 4 * queries + 1, 3, -(-keys // block_size)
     rng = np.random.default_rng(keys)
     blocks = np.stack(
         [
@@ -296,8 +299,8 @@ def test_unions_are_those_of_sets(queries, selected, block_size, keys, start):
     positions = np.array(positions_from(start, 2, length))
     sizes = {"queries": queries, "block_size": block_size, "num_keys": keys}
     found = unions_of(jnp.asarray(blocks, jnp.int32), jnp.asarray(positions), **sizes)
-    assert found.blocks.shape[:3] == (2, groups, 4)
-    for batch, group, tile in np.ndindex(2, groups, 4):
+    assert found.blocks.shape[:3] == (2, groups, 5)
+    for batch, group, tile in np.ndindex(2, groups, 5):
         mine = slice(tile * queries, (tile + 1) * queries)
         wanted = [set(x) & set(range(num_blocks)) for x in blocks[batch, mine, group].tolist()]
         union = sorted(set().union(*wanted))
@@ -317,7 +320,8 @@ def test_lists_that_shared_memory_has_no_room_for_are_refused(monkeypatch):
         arrays = (jax.ShapeDtypeStruct(shape, jnp.float16) for shape in shapes)
         return selected.refusal("selected_attention", *arrays, 64, 0.1)
 
-    assert refusal(2**21) is None
+    assert refusal(2**21 + 1) is None  # as many words as fit for fewer tiles at a time
+    assert refusal(2**23) is None
     assert "no room for lists of 262144 blocks for 12 queries" in refusal(2**24)
 
 
