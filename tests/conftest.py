@@ -1,7 +1,8 @@
-"""What all tests share: full float32 products, and the `gpu` marker."""
+"""What all tests share: full float32 products, what hypothesis draws, and the `gpu` marker."""
 
 import os
 
+import hypothesis
 import jax
 import pytest
 
@@ -12,6 +13,10 @@ os.environ.setdefault("NPROC", "16")
 # On GPUs JAX multiplies float32 matrices in tf32 by default, Flax's projections and the dense
 # baseline among them: too coarse to compare with.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# No test asserts a time, and all runs draw the same, which keeps a failure where it was found.
+hypothesis.settings.register_profile("repeats", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeats")
 
 
 def pytest_addoption(parser):
