@@ -360,6 +360,9 @@ def draw(rows, implementation: str, path: Path) -> None:
         for which, axes in zip(("forward", "backward"), panels, strict=True):
             _draw_panel(axes, rows, shape, which, implementation)
             axes.set(title=f"{shape}, {which}", xlabel="tokens", ylabel="ms")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    title = "numbers: time over NSA's"
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), title=title)
     figure.savefig(path)
 
 
@@ -382,7 +385,6 @@ def _draw_panel(axes, rows, shape, which, implementation):
     axes.bar(left, kernel, width, color="C3", label="NSA: sparse attention kernel")
     axes.bar(left, rest, width, bottom=kernel, color="C1", label="NSA: compression and window")
     axes.set_xticks(places, [f"{x // 1024}k" if x % 1024 == 0 else str(x) for x in lengths])
-    axes.legend(fontsize=8, title="numbers: time over NSA's", title_fontsize=8)
     axes.margins(y=0.15)  # room for the numbers
 
 
