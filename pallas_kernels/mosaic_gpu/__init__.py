@@ -6,10 +6,10 @@
     selected.py   selected_attention; selected_walk.py, how tiles walk the blocks of their queries,
                   selected_forward.py and selected_dq.py, what they do there;
                   selected_dkv.py, how blocks gather the queries that selected them
-    lists.py      the unions of those blocks
+    lists.py      the unions of those blocks, by the bits of words.py
     blocks.py     select_blocks; ranking.py, its choice of the top n
     common.py     what the kernels share on the device
-    warps.py      what a warp does for itself, which Pallas has no words for
+    warps.py      what a warp or a thread does for itself, which Pallas has no words for
     launch.py     the one call of Pallas Mosaic GPU, its interpreter, and what is refused
     tuning.py     tile sizes and stages by kernel and head sizes
 

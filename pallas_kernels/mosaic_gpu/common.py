@@ -112,6 +112,11 @@ def full(shape, value, layout=TILE):
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
+def padded(number, multiple):
+    """A number rounded up to a multiple."""
+    return pl.cdiv(number, multiple) * multiple
+
+
 def divide(x, by):
     """The quotient and the remainder of int32 x."""
     return jax.lax.div(x, by), jax.lax.rem(x, by)

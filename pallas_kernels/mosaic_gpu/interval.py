@@ -177,7 +177,7 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
             plgpu.commit_smem()  # every warp is done with the queries
             load_other(0, buffer)
         # Before they are needed: numbers out of global memory take longer than a product.
-        next_numbers = numbers(jnp.minimum(r + 1, work.rounds - 1))
+        next_numbers = numbers(work.following(r))
         turns.take()
         acc = accumulate(acc, p, values(steps - 1, p))
         turns.give()
@@ -228,7 +228,7 @@ def _interval_forward(q, k, v, table, lo, hi, *rest, cut, c):
         begun = jnp.minimum(steps, stages) if q_stages > 1 else steps
         walks.stream(begun, stages, *of_keys, before=before)
         walks.stream(jnp.minimum(r + 2, work.rounds), q_stages, (q_free, fill_q), begin=r + 1)
-        next_walk = work.walk(jnp.minimum(r + 1, work.rounds - 1))
+        next_walk = work.walk(work.following(r))
         walks.stream(steps, stages, *of_keys, begin=begun, before=before)
         return before + steps, next_walk
 

@@ -135,7 +135,7 @@ def _interval_dq(
         else:
             acc = others.run(later_step, add(0, acc, ds))
         # Before they are needed: numbers out of global memory take longer than a product.
-        next_numbers = numbers(jnp.minimum(r + 1, work.rounds - 1))
+        next_numbers = numbers(work.following(r))
         if overlapped:
             acc = add(walk.steps - 1, acc, ds)
         q_rows[...] = (acc * scale).astype(dq.dtype)

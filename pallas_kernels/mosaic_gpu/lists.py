@@ -19,11 +19,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.lists import Unions
 from pallas_kernels.mosaic_gpu import launch
-from pallas_kernels.mosaic_gpu.common import divide
-from pallas_kernels.mosaic_gpu.ranking import nth_bit, ones, padded
+from pallas_kernels.mosaic_gpu.common import divide, padded
 from pallas_kernels.mosaic_gpu.warps import gather, strided
+from pallas_kernels.mosaic_gpu.words import WORD, nth_bit, ones
 
-WORD = 32
 THREADS = 128  # of a warpgroup
 RESERVED = 1024  # bytes of shared memory for what Pallas itself takes
 

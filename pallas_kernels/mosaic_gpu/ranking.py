@@ -13,7 +13,8 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu.common import ROWS, TILE, TILE_ROWS, by_column, full
+from pallas_kernels.mosaic_gpu.common import ROWS, TILE, TILE_ROWS, by_column, full, padded
+from pallas_kernels.mosaic_gpu.words import nth_bit, shifted_right
 
 LANES = 32
 PASS = 1024  # scores that a pass over them takes at a time
@@ -28,11 +29,6 @@ BY_QUERY = plgpu.Layout.TILED(
     plgpu.Tiling(((LANES, TILE_ROWS), (2,))), warp_dims=(-2,), lane_dims=(-3,), vector_dim=-1
 )
 OF_QUERIES = BY_QUERY.reduce(0)
-
-
-def padded(number, multiple):
-    """A number rounded up to a multiple."""
-    return pl.cdiv(number, multiple) * multiple
 
 
 def rows_a_pass(queries, number):
@@ -63,11 +59,6 @@ def _to_float(bits):
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _shifted_right(x, bits):
-    """Integers divided by 2 ** bits, their bits being those of an unsigned number."""
-    return jax.lax.shift_right_logical(x, jnp.full_like(x, bits))
-
-
 def _inserted(tops, x):
     """The largest of each element, of `tops` in descending order and x."""
     result = []
@@ -75,26 +66,6 @@ def _inserted(tops, x):
         result.append(jnp.maximum(top, x))
         x = jnp.minimum(top, x)
     return tuple(result)
-
-
-def ones(word):
-    """How many bits of each word are set."""
-    word = word - (_shifted_right(word, 1) & 0x55555555)
-    word = (word & 0x33333333) + (_shifted_right(word, 2) & 0x33333333)
-    word = (word + _shifted_right(word, 4)) & 0x0F0F0F0F
-    return _shifted_right(word * 0x01010101, 24)
-
-
-def nth_bit(word, n):
-    """The position of the n-th set bit of each word, counted from 0."""
-    position = jnp.zeros_like(word)
-    for width in (16, 8, 4, 2, 1):
-        below = ones(word & ((1 << width) - 1))
-        above = n >= below
-        n = jnp.where(above, n - below, n)
-        word = jnp.where(above, _shifted_right(word, width), word)
-        position = jnp.where(above, position + width, position)
-    return position
 
 
 class Scores:
@@ -195,7 +166,7 @@ def _bisect(count, wanted, low, high, at_low, flags, guesses=()):
 
     def halve(_, state):
         low, high, _ = state
-        return narrow(state, low + _shifted_right(high - low, 1))
+        return narrow(state, low + shifted_right(high - low, 1))
 
     def is_busy(low, high, at_low):
         return _any((at_low > wanted) & (high - low > 1), flags)

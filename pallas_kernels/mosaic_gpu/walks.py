@@ -201,6 +201,10 @@ class Work:
         mine = jnp.where(r % 2 == 0, self._program, self._programs - 1 - self._program)
         return r * self._programs + mine
 
+    def following(self, r):
+        """The round after the r-th one, or that one if it is the last: what to read ahead for."""
+        return jnp.minimum(r + 1, self.rounds - 1)
+
     def place(self, r):
         """The batch, key/value head and pair of tiles of the r-th round."""
         pairs = self._table.shape[1]

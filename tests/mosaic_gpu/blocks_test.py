@@ -144,17 +144,6 @@ def test_reads_nothing_that_no_query_may_see():
     np.testing.assert_array_equal(actual, run(xla, (q, k, *rest), keywords))
 
 
-def test_bits_of_words():
-    words = np.array([0b1, 0x80000000, 0xFFFFFFFF, 0b10110, 0x80010000], np.uint32)
-    expected = [[i for i in range(32) if word >> i & 1] for word in words.tolist()]
-    words = jnp.asarray(words.astype(np.int32))
-    assert ranking.ones(words).tolist() == [len(positions) for positions in expected]
-    for n in range(32):
-        position = ranking.nth_bit(words, jnp.full_like(words, n)).tolist()
-        for actual, positions in zip(position, expected, strict=True):
-            assert n >= len(positions) or actual == positions[n]
-
-
 # Every group, every head size, and the largest selections, blocks and lengths.
 LOWERED = [
     *((65536, group, 128, (32, 16, 64, 16)) for group in launch.GROUPS),
